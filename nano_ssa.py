@@ -1,0 +1,1084 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken", "tqdm", "pytest"]
+# ///
+"""
+DOCSTRING
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: one dataclass, one flag a field
+# ---------------------------------------------------------------------------------------------------------------------
+
+# ==== shared: flags
+SCRIPT = Path(__file__).stem  # results and checkpoints name the script they belong to
+
+
+class UserError(ValueError):
+    """Something the user can put right; the message says what is wrong and what to do, and is all that is printed."""
+
+
+def flag(default, help, choices=None, least=None, most=None, free=False):
+    """A field of Settings: its line of help, the values it may take, and whether it may change after training (free)."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most, free=free))
+
+
+def key(*parts):
+    """A 63-bit seed from numbers and names. Every random choice of a run is a function of such a key and nothing else:
+    no generator carries state from step to step, so a resumed run repeats exactly what the uninterrupted one drew."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+# ==== end shared
+
+
+@dataclasses.dataclass
+class Settings:
+    # the technique
+    ssa: str = flag("local", "which pathways are sampled in training: mostly near ones, any, or none (dense)",
+                    choices=("local", "unbiased", "off"))
+    reduction: int = flag(4, "r: each query sees about T/r sources", least=1)
+    sigma: float = flag(0.5, "spread of the local shuffle, in windows of T/r", least=0.0)
+    keep_self: bool = flag(True, "every query sees itself, whatever was drawn")
+    finetune: float = flag(0.15, "last share of the steps, trained with dense attention", least=0.0, most=1.0)
+    draws: int = flag(16, "sub-models in the largest ensemble of the evaluation", least=1, free=True)
+    ensemble_tokens: int = flag(16384, "validation tokens for the ensemble table (0: all there are)", least=0, free=True)
+
+    # ==== shared: settings
+    # the run
+    device: str = flag("auto", "cuda, cuda:N, mps or cpu; auto takes the first there is", free=True)
+    dtype: str = flag("auto", "precision of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), free=True)
+    compile: str = flag("auto", "torch.compile; auto: on CUDA, where a compiler works", choices=("auto", "on", "off"), free=True)
+    size: str = flag("auto", "a preset for all that follows; auto: tiny on a CPU, else char",
+                     choices=("auto", "tiny", "char", "gpt2"))
+    dataset: str = flag("auto", "shakespeare_char, shakespeare, openwebtext, stdlib, or a folder that data/prepare.py made")
+    out_dir: str = flag("auto", "where results, checkpoints and logs go; auto: out/ and the script's name", free=True)
+    compare: bool = flag(False, "also train the dense twin and the other arms, on the same data and budget", free=True)
+    seed: int = flag(1337, "decides initial weights, data order and every draw", least=0)
+    resume: bool = flag(False, "go on from the checkpoints in out_dir", free=True)
+    eval_only: bool = flag(False, "evaluate best.pt in out_dir, without training", free=True)
+    # the sample at the end
+    prompt: str = flag("\n", "text that the sample goes on from", free=True)
+    sample_tokens: int = flag(256, "length of the sample", least=0, free=True)
+    temperature: float = flag(0.8, "of the sample; 0 takes the likeliest token", least=0.0, free=True)
+    top_k: int = flag(0, "sample from the k likeliest tokens (0: from all)", least=0, free=True)
+    # the model
+    n_layer: int = flag(6, "transformer blocks", least=1)
+    n_head: int = flag(4, "attention heads", least=1)
+    n_embd: int = flag(96, "width of the residual stream", least=1)
+    block_size: int = flag(64, "context length T, in tokens", least=2)
+    dropout: float = flag(0.0, "dropout rate", least=0.0, most=0.99)
+    bias: bool = flag(False, "biases in linear layers and LayerNorms; on: exactly GPT-2's parameters")
+    # training
+    batch_size: int = flag(32, "sequences in a micro-batch of one process", least=1)
+    grad_accum: int = flag(1, "micro-batches of one process in a step", least=1)
+    max_iters: int = flag(1000, "training steps", least=0)
+    optimizer: str = flag("muon", "muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all",
+                          choices=("muon", "adamw"))
+    learning_rate: float = flag(3e-3, "peak learning rate of AdamW", least=0.0)
+    muon_lr: float = flag(2e-2, "peak learning rate of Muon", least=0.0)
+    min_lr: float = flag(0.0, "learning rate at the last step; Muon's falls in proportion", least=0.0)
+    warmup_iters: int = flag(50, "steps of linear warm-up", least=0)
+    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", least=0.0)
+    grad_clip: float = flag(1.0, "largest norm of the gradient (0: no limit)", least=0.0)
+    eval_interval: int = flag(250, "steps between evaluations, each followed by a checkpoint", least=1)
+    eval_tokens: int = flag(0, "tokens of the validation split to use (0: all of it)", least=0)
+    vocab_size: int = flag(65, None)  # no flag: the data decide
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, rule = getattr(self, f.name), f.metadata
+            if rule["choices"] and value not in rule["choices"]:
+                raise UserError(f"--{f.name} {value} is not one of {', '.join(rule['choices'])}")
+            if rule["least"] is not None and not value >= rule["least"]:
+                raise UserError(f"--{f.name} must be at least {rule['least']}, not {value}")
+            if rule["most"] is not None and not value <= rule["most"]:
+                raise UserError(f"--{f.name} must be at most {rule['most']}, not {value}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}: every head needs the same width")
+        self.check()
+    # ==== end shared
+
+    def check(self):
+        if self.reduction > self.block_size:
+            raise UserError(f"--reduction {self.reduction} leaves no source in a context of {self.block_size}: "
+                            f"use at most --reduction {self.block_size}")
+
+
+# ==== shared: command line
+SIZES = {  # a preset replaces these defaults of Settings; flags on the command line replace both
+    "tiny": dict(),
+    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_iters=5000,
+                 warmup_iters=100),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, grad_accum=32, max_iters=20000,
+                 learning_rate=1e-3, warmup_iters=500, eval_interval=500, eval_tokens=2**20, dataset="openwebtext"),
+}
+
+
+def parse(argv=None):
+    """Settings from the command line: --name value or --name=value, switches take on|off."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message}; {SCRIPT}.py --help lists the flags")
+
+    def switch(text):
+        if text not in ("on", "off"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+        return text == "on"
+
+    fields = [f for f in dataclasses.fields(Settings) if f.metadata["help"]]
+    parser = Parser(prog=f"{SCRIPT}.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields:
+        shown = {True: "on", False: "off"}.get(f.default, f.default) if f.type is bool else f.default
+        presets = "".join(f", {size} {v[f.name]}" for size, v in SIZES.items() if f.name in v)
+        kind = dict(type=switch, metavar="on|off", nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        if f.metadata["choices"]:
+            kind["metavar"] = "|".join(f.metadata["choices"])
+        parser.add_argument(f"--{f.name}", **kind, help=f"{f.metadata['help']} (default {shown!r}{presets})".replace("%", "%%"))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, [f"--{f.name}" for f in fields], n=1, cutoff=0.5)
+        parser.error(f"there is no flag {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+    given = vars(given)
+    if given.get("size", "auto") == "auto":
+        given["size"] = "tiny" if pick_device(given.get("device", "auto")).type == "cpu" else "char"
+    return Settings(**{**SIZES.get(given["size"], {}), **given})
+
+
+def pick_device(name):
+    """torch.device for --device; auto takes CUDA, then Apple's GPU, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} is not one of auto, cuda, cuda:N, mps, cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use another, or --device auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this PyTorch finds no Apple GPU; use --device auto")
+    return device
+# ==== end shared
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The technique: stochastically subsampled attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+def draw_paths(s, T, *where):
+    """One sub-model: for every layer, which sources (keys, values) the queries of each block may see.
+
+    where: what the draw is keyed by besides the seed, as (step, micro-step). Shared by all heads and sequences, fresh
+    for every layer. Returns (n_layer, N, w) source indices: N blocks of queries, w = ceil(T/r) sources each.
+    local: each source goes to exactly one block; an index >= T stands for no source. unbiased: N = 1, one set for all.
+    """
+    g = torch.Generator().manual_seed(key(s.seed, "paths", *where))
+    w = -(-T // s.reduction)
+    if s.ssa == "unbiased":  # S = the first w of a uniform shuffle
+        return torch.rand(s.n_layer, T, generator=g).argsort(-1)[:, None, :w]
+    # p = argsort_m(m + sigma w eps_m), eps ~ N(0, 1): most indices move by less than sigma windows. In float32, since
+    # bfloat16 cannot tell neighbouring indices apart above 256.
+    p = (torch.arange(T) + s.sigma * w * torch.randn(s.n_layer, T, generator=g)).argsort(-1)
+    N = -(-T // w)
+    return F.pad(p, (0, N * w - T), value=T).view(s.n_layer, N, w)
+
+
+def subsampled_attention(q, k, v, path, keep_self=True, dropout=0.0):
+    """Causal attention in which the queries of block b see only the sources path[b].
+
+        o_i = softmax_j(q_i . k_j / sqrt(D)) v_j   over   j in path[block of i], j < i,   and j = i once (keep_self)
+
+    q, k, v: (B, H, T, D); path: (N, w) from draw_paths. Returns (B, H, T, D). Queries stay in order, so nothing is
+    un-permuted. Blocks ride in the batch dimension of scaled_dot_product_attention: T w scores instead of T^2.
+    """
+    B, H, T, D = q.shape
+    N, w = path.shape
+    n = -(-T // N)  # queries in a block
+    i = torch.arange(N * n, device=q.device).view(N, n, 1)
+    legal = path[:, None, :] < i if keep_self else path[:, None, :] <= i                         # (N, n, w), by original index
+
+    # One more key, so that no row of the mask is empty (an empty row is NaN on some backends, and with a finite mask it
+    # averages the future). keep_self off: its value is 0 and only rows without a legal source see it: their output is 0.
+    # keep_self on: it stands for the query itself. Scores q'.k' with q' = [q, q_i.k_i], k' = [k, 0], and [0, 1] for the
+    # additional key, give it the score of i with itself; values v' = [v, 0] and [0, 1] bring its weight out as channel D.
+    if keep_self:
+        spare = 8 - D % 8  # one channel, filled up with zeros to a multiple of 8 as fused kernels want it
+        q = torch.cat([q, (q * k).sum(-1, keepdim=True), q.new_zeros(B, H, T, spare - 1)], -1)  # (B, H, T, D+spare)
+        seen = legal.new_ones(N, n, 1)
+    else:
+        spare, seen = 0, ~legal.any(-1, keepdim=True)
+    mask = torch.cat([legal, seen], -1)[:, None]                                                 # (N, 1, n, w+1)
+
+    def blocks(x, length):  # (B, H, N*length, d) -> (N, B*H, length, d)
+        return x.reshape(B * H, N, length, -1).transpose(0, 1)
+
+    def sources(x):  # (B, H, T, D) -> (N, B*H, w+1, D+spare)
+        x = F.pad(blocks(x.index_select(2, path.flatten().clamp(max=T - 1)), w), (0, spare, 0, 1))
+        if keep_self:
+            x[..., w, D] = 1
+        return x
+
+    q = blocks(F.pad(q, (0, 0, 0, N * n - T)), n)                                                # (N, B*H, n, D+spare)
+    o = F.scaled_dot_product_attention(q, sources(k), sources(v), attn_mask=mask, dropout_p=dropout, scale=D ** -0.5)
+    o = o.transpose(0, 1).reshape(B, H, N * n, D + spare)[:, :, :T]
+    return o[..., :D] + o[..., D:D + 1] * v if keep_self else o
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model: GPT-2's blocks, and attention that takes a path
+# ---------------------------------------------------------------------------------------------------------------------
+
+# ==== shared: layers
+class Attention(nn.Module):
+    """Dense causal self-attention: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.n_head, self.dropout = s.n_head, s.dropout
+        self.c_attn = nn.Linear(s.n_embd, 3 * s.n_embd, bias=s.bias)  # query, key, value
+        self.c_proj = nn.Linear(s.n_embd, s.n_embd, bias=s.bias)
+
+    def heads(self, x):
+        """(B, T, C) -> queries, keys, values, each (B, H, T, D)."""
+        B, T, C = x.shape
+        return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()
+
+    def merge(self, y):
+        """(B, H, T, D) -> (B, T, C)."""
+        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout * self.training))
+
+
+class MLP(nn.Module):
+    """GPT-2's feed-forward layer: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.dropout = s.dropout
+        self.c_fc = nn.Linear(s.n_embd, 4 * s.n_embd, bias=s.bias)
+        self.c_proj = nn.Linear(4 * s.n_embd, s.n_embd, bias=s.bias)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+def layer_norm(s):
+    return nn.LayerNorm(s.n_embd, eps=1e-5, bias=s.bias)
+
+
+def init_weights(model, s):
+    """GPT-2's: N(0, 0.02), and smaller by sqrt(2 n_layer) where a layer writes to the residual stream."""
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * s.n_layer) if name.endswith("c_proj.weight") else 0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+# ==== end shared
+
+
+class SubsampledAttention(Attention):
+    """Attention whose mode is its argument, never implied by train() or eval(): dense, or along a path."""
+
+    def __init__(self, s):
+        super().__init__(s)
+        self.keep_self = s.keep_self
+
+    def forward(self, x, path=None):  # (B, T, C), None or (N, w) -> (B, T, C)
+        if path is None:
+            return super().forward(x)
+        q, k, v = self.heads(x)
+        return self.merge(subsampled_attention(q, k, v, path, self.keep_self, self.dropout * self.training))
+
+
+class Block(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.ln_1, self.attn = layer_norm(s), SubsampledAttention(s)
+        self.ln_2, self.mlp = layer_norm(s), MLP(s)
+
+    def forward(self, x, path=None):
+        x = x + self.attn(self.ln_1(x), path)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 with an additional input: paths (n_layer, N, w) from draw_paths selects one sub-model, None is dense."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.block_size, self.dropout = s.block_size, s.dropout
+        self.wte = nn.Embedding(s.vocab_size, s.n_embd)  # also the output head
+        self.wpe = nn.Embedding(s.block_size, s.n_embd)
+        self.h = nn.ModuleList(Block(s) for _ in range(s.n_layer))
+        self.ln_f = layer_norm(s)
+        init_weights(self, s)
+
+    def states(self, idx, paths=None):
+        """Token ids (B, T) -> the residual stream (B, T, C) after the embedding and after every layer, before ln_f."""
+        x = [self.embed(idx)]
+        for block, path in zip(self.h, [None] * len(self.h) if paths is None else paths):
+            x.append(block(x[-1], path))
+        return x
+
+    def forward(self, idx, targets=None, paths=None):
+        """Token ids (B, T) -> logits (B, T, vocab) and, with targets (B, T), the mean cross-entropy in nats."""
+        return self.read_out(self.states(idx, paths)[-1], targets)
+
+    # ==== shared: gpt
+    def embed(self, idx):
+        T = idx.size(1)
+        assert T <= self.block_size, f"{T} tokens do not fit into a context of {self.block_size}"
+        return F.dropout(self.wte(idx) + self.wpe.weight[:T], self.dropout, self.training)
+
+    def read_out(self, x, targets=None):
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, n, temperature=1.0, top_k=0):
+        """Token ids (B, T) -> (B, T+n). Beyond block_size the model sees the last block_size tokens."""
+        for _ in range(n):
+            logits = self(idx[:, -self.block_size:])[0][:, -1].float()
+            if top_k:
+                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial(F.softmax(logits / temperature, -1), 1)
+            idx = torch.cat([idx, token], 1)
+        return idx
+    # ==== end shared
+
+
+def dense_twin(s):
+    """The same model, to be trained with dense attention throughout."""
+    return GPT(dataclasses.replace(s, ssa="off"))
+
+
+# ==== shared: data
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: token ids in train.bin and val.bin
+# ---------------------------------------------------------------------------------------------------------------------
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+def find_data(name):
+    """The folder of a prepared corpus; the known corpora are prepared where they are absent."""
+    wanted = "shakespeare_char" if name == "auto" else name
+    for folder in (DATA / wanted, Path(wanted)):
+        if (folder / "train.bin").exists():
+            return folder
+    if wanted not in ("shakespeare_char", "shakespeare", "openwebtext", "stdlib", "listops"):
+        raise UserError(f"--dataset {name}: no train.bin in {DATA / wanted}; "
+                        f"python data/prepare.py --text FILE --name {name} makes one of your own text")
+    if not (DATA / "prepare.py").exists():
+        raise UserError(f"{DATA / 'prepare.py'} is missing: copy it from where you got {SCRIPT}.py, it prepares the data")
+    done = subprocess.run([sys.executable, str(DATA / "prepare.py"), wanted], capture_output=name == "auto", text=True)
+    if done.returncode == 0:
+        return DATA / wanted
+    if name == "auto":
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+        print(f"Shakespeare is not to be had here ({reason}): training on the source of Python's standard library instead")
+        return find_data("stdlib")
+    raise UserError(f"--dataset {name} could not be prepared, see above")
+
+
+class Data:
+    """Batches of token ids from one corpus. A small corpus lives on the device, a large one stays on disk."""
+
+    def __init__(self, s, device):
+        folder = find_data(s.dataset)
+        self.seed, self.batch_size, self.T, self.device, self.name = s.seed, s.batch_size, s.block_size, device, folder.name
+        meta = self.read_meta(folder)
+        self.vocab_size = meta["vocab_size"]
+        self.train = self.read_bin(folder / "train.bin", meta.get("train_tokens"))
+        self.val = self.read_bin(folder / "val.bin", meta.get("val_tokens"))
+        if meta["tokenizer"] == "char":
+            ids = {c: i for i, c in enumerate(meta["alphabet"])}
+            self.alphabet, self.decode = ids, lambda tokens: "".join(meta["alphabet"][t] for t in tokens)
+            self.encode = lambda text: [ids[c] for c in text]
+        else:
+            try:
+                bpe = tiktoken.get_encoding("gpt2")
+            except OSError as e:  # requests' errors are OSErrors
+                raise UserError(f"tiktoken cannot fetch GPT-2's vocabulary ({type(e).__name__}): connect to the network once, "
+                                "or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+            self.alphabet, self.decode, self.encode = None, bpe.decode, bpe.encode_ordinary
+
+    def read_meta(self, folder):
+        path, again = folder / "meta.json", f"prepare {folder.name} again with data/prepare.py"
+        if not path.exists():  # bins of nanoGPT's, GPT-2's tokens
+            if (folder / "meta.pkl").exists():
+                raise UserError(f"{folder} has the alphabet in a pickle, which is not read: {again}")
+            return {"tokenizer": "gpt2", "vocab_size": 50257}
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            fits = meta["tokenizer"] == "gpt2" or meta["tokenizer"] == "char" and len(meta["alphabet"]) == meta["vocab_size"]
+        except (ValueError, KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise UserError(f"{path} is not a description of a corpus: {again}")
+        return meta
+
+    def read_bin(self, path, tokens):
+        again = f"prepare {path.parent.name} again with data/prepare.py"
+        size = path.stat().st_size if path.exists() else 0
+        if size == 0 or size % 2 or tokens not in (None, size // 2):
+            raise UserError(f"{path} has {size} bytes" + (f" where meta.json says {2 * tokens}" if tokens else "") + f": {again}")
+        if size // 2 <= self.T:
+            raise UserError(f"{path} has {size // 2} tokens, too few for a context of {self.T}: use a smaller --block_size")
+        ids = np.memmap(path, dtype="<u2", mode="r")
+        if size > 2**28:
+            return ids
+        self.check(ids, path)
+        return torch.from_numpy(ids.astype(np.int32)).to(self.device)
+
+    def check(self, ids, path):
+        if ids.max() >= self.vocab_size:
+            raise UserError(f"{path} holds token id {ids.max()}, but the vocabulary has {self.vocab_size}: "
+                            "train.bin, val.bin and meta.json belong to different preparations")
+
+    def rows(self, split, starts):
+        """Inputs and targets (rows, T) at these offsets of a split, on the device, without waiting for it."""
+        ids = getattr(self, split)
+        if isinstance(ids, np.memmap):
+            rows = np.stack([ids[i:i + self.T + 1] for i in starts]).astype(np.int64)
+            self.check(rows, f"{split}.bin")
+            rows = to_device(torch.from_numpy(rows), self.device)
+        else:
+            starts = to_device(torch.as_tensor(starts), self.device)
+            rows = ids[starts[:, None] + torch.arange(self.T + 1, device=self.device)].long()
+        return rows[:, :-1], rows[:, 1:]
+
+    def batch(self, step, turn):
+        """A training batch, a function of (seed, step, turn) alone; turn = rank * grad_accum + micro-step."""
+        order = np.random.default_rng(key(self.seed, "batch", step, turn))
+        return self.rows("train", order.integers(len(self.train) - self.T, size=self.batch_size))
+
+    def windows(self, split, tokens=0):
+        """Offsets of the fixed, disjoint windows that cover a split, or its first tokens."""
+        starts = np.arange(0, len(getattr(self, split)) - self.T, self.T)
+        return starts[:max(1, tokens // self.T)] if tokens else starts
+
+
+def to_device(x, device):
+    """A CPU tensor on the device; to CUDA through pinned memory, so that the loop does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@torch.no_grad()
+def evaluate(run, model, split="val", tokens=0, **inputs):
+    """Mean cross-entropy in nats over fixed windows, shared out among the processes. Dropout is off."""
+    starts = run.data.windows(split, tokens)
+    total = torch.zeros(2, dtype=torch.float64, device="cpu" if run.device.type == "mps" else run.device)
+    was_training = model.training
+    model.eval()
+    for at in range(run.rank * run.settings.batch_size, len(starts), run.world * run.settings.batch_size):
+        x, y = run.data.rows(split, starts[at:at + run.settings.batch_size])
+        with run.autocast():
+            loss = model(x, y, **inputs)[1]
+        total += torch.stack([loss * len(x), torch.full_like(loss, len(x))]).to(total)
+    model.train(was_training)
+    if run.world > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+# ==== end shared
+
+
+# ==== shared: training
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Run:
+    """Where and on what this process works."""
+    settings: Settings
+    device: torch.device
+    dtype: torch.dtype
+    why: str  # the reason for dtype
+    rank: int
+    world: int
+    out: Path
+    data: Data = None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sync(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def pick_dtype(name, device):
+    """(torch.dtype, why): bfloat16 where the device has it natively, else float16 on CUDA, else float32."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "float16" and device.type != "cuda":
+        raise UserError("--dtype float16 needs CUDA: use bfloat16 or float32")
+    if name != "auto":
+        return getattr(torch, name), "asked for"
+    if native:
+        return torch.bfloat16, "native on this GPU"
+    if device.type == "cuda":
+        return torch.float16, "this GPU only emulates bfloat16; the loss is scaled"
+    return torch.float32, f"the default on {device.type}"
+
+
+def make_optimizers(model, s, device):
+    """Muon for the hidden matrices, AdamW for embeddings (which are the head too), norms and biases."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    params = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in params if p.ndim >= 2]
+    hidden = [p for p in matrices if p.ndim == 2 and id(p) not in embeddings] if s.optimizer == "muon" else []
+    taken = {id(p) for p in hidden}
+    groups = [dict(params=[p for p in matrices if id(p) not in taken], weight_decay=s.weight_decay),
+              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(0.9, 0.99),
+                                    fused=device.type != "mps")]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=s.muon_lr, weight_decay=s.weight_decay))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(s, step):
+    """Share of the peak learning rate: linear warm-up, then a cosine down to min_lr at the last step."""
+    if step < s.warmup_iters:
+        return (step + 1) / (s.warmup_iters + 1)
+    low = s.min_lr / s.learning_rate if s.learning_rate else 0.0
+    done = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def write(path, content):
+    """Write text, or an object by torch.save, so that path holds either the old or the new content, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            if isinstance(content, str):
+                f.write(content.encode())
+            else:
+                torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # RuntimeError is torch.save's word for a full disk
+        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]})") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def snapshot(run, arm, model, **more):
+    """What a checkpoint holds: tensors, numbers and strings only, so that torch.load(weights_only=True) reads it."""
+    return dict(script=SCRIPT, arm=arm, settings=dataclasses.asdict(run.settings), model=model.state_dict(), **more)
+
+
+def read_checkpoint(run, path, arm):
+    """The content of a checkpoint, after checking that it belongs to this script, arm and settings."""
+    try:
+        saved = torch.load(path, map_location=run.device, weights_only=True)
+        script, settings = (saved["script"], saved["arm"]), saved["settings"]
+    except OSError:
+        raise
+    except Exception as e:  # a file that is no checkpoint can make torch.load raise almost anything
+        raise UserError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(e).__name__}): move it away, or use another --out_dir")
+    if script != (SCRIPT, arm):
+        raise UserError(f"{path} belongs to {' '.join(map(str, script))}, not to {SCRIPT} {arm}: use another --out_dir")
+    other = [f"--{f.name} {settings.get(f.name)}" for f in dataclasses.fields(Settings)
+             if not f.metadata["free"] and settings.get(f.name) != getattr(run.settings, f.name)]
+    if other:
+        raise UserError(f"{path} was trained with {' '.join(other)}: repeat these flags, or use another --out_dir")
+    return saved
+
+
+def compiled(run, model, extra):
+    """The model as training calls it: compiled if asked for and possible. The model itself stays as it is, for evaluation."""
+    s = run.settings
+    if s.compile == "off" or s.compile == "auto" and run.device.type != "cuda":
+        return model
+    torch.compiler.reset()
+    start, fast = time.perf_counter(), torch.compile(model)
+    try:  # forward and backward through each graph of the run, so that no later step has to wait, or fails
+        for step in (0, max(0, s.max_iters - 1)):
+            x, y = run.data.batch(0, 0)
+            with run.autocast():
+                loss = fast(x, y, **extra(step, 0))[1]
+            loss.backward()
+        print_once(run, f"compiled in {time.perf_counter() - start:.0f} s")
+    except Exception as e:  # the chain of compilers may raise anything; training goes on without it, and says so
+        print_once(run, f"torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0][:120]}): training goes on uncompiled")
+        fast = model
+    model.zero_grad(set_to_none=True)
+    return fast
+
+
+def print_once(run, *lines):
+    if run.rank == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def train(run, arm, model, extra=lambda step, turn: {}):
+    """Train model for max_iters steps, or go on from out/arm/ckpt.pt; returns what results.json says of the training.
+
+    extra(step, turn): further inputs of the model's forward in that step, such as a draw of the technique.
+    Writes into out/arm: ckpt.pt at step 0 and after every evaluation (all that a resumed run needs), best.pt (the
+    weights with the lowest validation loss), log.jsonl (a line for every evaluation).
+    """
+    s, data, folder = run.settings, run.data, run.out / arm
+    optimizers = make_optimizers(model, s, run.device)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    now = dict(step=0, val_loss=math.nan, best_val_loss=math.inf, best_step=0, train_seconds=0.0, loss_sum=0.0, loss_steps=0)
+    resumed = (folder / "ckpt.pt").exists()
+    if resumed:
+        saved = read_checkpoint(run, folder / "ckpt.pt", arm)
+        model.load_state_dict(saved["model"])
+        for o, state in zip(optimizers, saved["optimizers"], strict=True):
+            o.load_state_dict(state)
+        scaler.load_state_dict(saved["scaler"])
+        now = saved["now"]
+    log = [line for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+           if json.loads(line)["step"] <= now["step"]] if resumed and (folder / "log.jsonl").exists() else []
+
+    def save():
+        if run.rank == 0:
+            write(folder / "log.jsonl", "".join(line + "\n" for line in log))
+            write(folder / "ckpt.pt", snapshot(run, arm, model, now=now, optimizers=[o.state_dict() for o in optimizers],
+                                               scaler=scaler.state_dict()))
+
+    fast = compiled(run, model, extra)
+    if run.world > 1:
+        fast = nn.parallel.DistributedDataParallel(fast, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+    model.train()
+    nonfinite = torch.tensor(-1, device=run.device)  # the first step with a loss that is not finite; read only when a number is shown
+    loss_sum, loss_steps = torch.tensor(now["loss_sum"], device=run.device), now["loss_steps"]  # since the last evaluation
+
+    def check_finite():
+        if nonfinite.item() >= 0:
+            raise UserError(f"the loss of step {nonfinite.item()} is not finite: {folder / 'ckpt.pt'} is from before; lower "
+                            "--learning_rate and --muon_lr, or use --dtype float32")
+
+    stop = StopSignal(run)
+    tokens = run.world * s.grad_accum * s.batch_size * s.block_size  # in a step
+    bar = tqdm(total=s.max_iters, initial=now["step"], desc=arm, unit="step", disable=run.rank > 0, dynamic_ncols=True,
+               mininterval=1.0, postfix={})
+    run.sync()
+    clock = shown = time.perf_counter()
+    with bar, stop:
+        while True:
+            step = now["step"]
+            if (step % s.eval_interval == 0 or step == s.max_iters) and not resumed or stop.asked:
+                run.sync()
+                now["train_seconds"] += time.perf_counter() - clock
+                check_finite()
+                if not stop.asked or step == s.max_iters:
+                    now["val_loss"] = evaluate(run, model, tokens=s.eval_tokens)
+                    line = dict(step=step, val_loss=now["val_loss"], train_loss=loss_sum.item() / loss_steps if loss_steps else None,
+                                lr=optimizers[0].param_groups[0]["lr"], train_seconds=round(now["train_seconds"], 3))
+                    inputs = extra(step, 0)
+                    if inputs:
+                        line["val_loss_as_trained"] = evaluate(run, model, tokens=s.eval_tokens, **inputs)
+                    if now["val_loss"] < now["best_val_loss"]:
+                        now["best_val_loss"], now["best_step"] = now["val_loss"], step
+                        if run.rank == 0:
+                            write(folder / "best.pt", snapshot(run, arm, model, now=now))
+                    log.append(json.dumps(line))
+                    loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
+                now["loss_sum"], now["loss_steps"] = loss_sum.item(), loss_steps
+                save()
+                if stop.asked:
+                    raise KeyboardInterrupt(f"stopped after step {step}, saved in {folder}: go on with --resume")
+                clock = time.perf_counter()
+            resumed = False
+            if step == s.max_iters:
+                break
+
+            factor = lr_factor(s, step)
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = group["peak_lr"] * factor
+            for micro in range(s.grad_accum):
+                turn = run.rank * s.grad_accum + micro
+                x, y = data.batch(step, turn)
+                inputs = extra(step, turn)
+                torch.manual_seed(key(s.seed, "dropout", step, turn))
+                last = micro == s.grad_accum - 1
+                with contextlib.nullcontext() if last or run.world == 1 else fast.no_sync():
+                    with run.autocast():
+                        loss = fast(x, y, **inputs)[1]
+                    scaler.scale(loss / s.grad_accum).backward()
+                loss_sum += loss.detach() / s.grad_accum
+                nonfinite = torch.where((nonfinite < 0) & ~loss.detach().isfinite(), step, nonfinite)
+            for o in optimizers:
+                scaler.unscale_(o)
+            if s.grad_clip:
+                nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+            for o in optimizers:
+                scaler.step(o)
+            scaler.update()
+            for o in optimizers:
+                o.zero_grad(set_to_none=True)
+            now["step"], loss_steps = step + 1, loss_steps + 1
+            bar.update()
+            if run.rank == 0 and time.perf_counter() - shown > 1:  # the only place in the loop that waits for the device
+                check_finite()
+                speed = tokens * (step + 1) / (now["train_seconds"] + time.perf_counter() - clock)
+                bar.set_postfix_str(f"loss {loss_sum.item() / loss_steps:.3f}, val {now['val_loss']:.3f}, {speed / 1e3:.1f}k tokens/s",
+                                    refresh=False)
+                shown = time.perf_counter()
+
+    speed = tokens * now["step"] / now["train_seconds"] if now["train_seconds"] else 0.0
+    peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
+    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    parameters = sum(p.numel() for p in model.parameters())
+    flops = flops_per_token(s, arm)
+    limit = next((v for name, v in PEAK_FLOPS.items() if run.device.type == "cuda" and run.dtype != torch.float32
+                  and name in torch.cuda.get_device_name(run.device)), None)
+    return dict(val_loss=now["val_loss"], best_val_loss=now["best_val_loss"], best_step=now["best_step"],
+                train_loss=evaluate(run, model, "train", s.eval_tokens or len(data.val)), parameters=parameters,
+                parameters_non_embedding=parameters - embeddings, flops_per_token=flops, train_seconds=now["train_seconds"],
+                tokens_per_second=speed, mfu=flops * speed / run.world / limit if limit else None, peak_memory_bytes=peak)
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16, by name
+
+
+class StopSignal:
+    """Ctrl-C asks the training loop to save and end; a second one ends at once. With several processes, which could not
+    agree on the step, the signal ends the run and --resume goes on from its last evaluation."""
+
+    def __init__(self, run):
+        self.asked, self.alone = False, run.world == 1
+
+    def __enter__(self):
+        def ask(*_):
+            self.asked = True
+            signal.signal(signal.SIGINT, self.before)
+        if self.alone:
+            self.before = signal.signal(signal.SIGINT, ask)
+
+    def __exit__(self, *_):
+        if self.alone:
+            signal.signal(signal.SIGINT, self.before)
+# ==== end shared
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The arms, and the evaluation that shows the paper's claims
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARMS = ("technique", "dense")  # the first is trained always, the others with --compare
+
+
+def build(arm, s):
+    return GPT(s) if arm == "technique" else dense_twin(s)
+
+
+def flops_per_token(s, arm):
+    """Training FLOPs for a token, forward and backward. 6 for each weight in a matrix product (the tied head is one, the
+    embedding is not) and 12 for each channel of each score computed, masked ones and padding included, in every layer."""
+    T, C, D = s.block_size, s.n_embd, s.n_embd // s.n_head
+    w = -(-T // s.reduction)
+    rows = T if s.ssa == "unbiased" else -(-T // w) * w
+    scores = rows / T * (w + 1) * ((D + 8 - D % 8) / D if s.keep_self else 1)  # a query, in units of D channels
+    share = (finetune_from(s) / s.max_iters if s.max_iters else 1.0) if arm == "technique" and s.ssa != "off" else 0.0
+    return 6 * (12 * s.n_layer * C * C + s.vocab_size * C) + 12 * s.n_layer * C * (share * scores + (1 - share) * T)
+
+
+def finetune_from(s):
+    """The first step with dense attention."""
+    return s.max_iters - round(s.finetune * s.max_iters)
+
+
+def train_arm(run, arm, model):
+    s = run.settings
+    if arm == "dense" or s.ssa == "off":
+        return train(run, arm, model)
+
+    def extra(step, turn):
+        if step == finetune_from(s) and turn == 0:
+            write(run.out / arm / "before_finetune.pt", snapshot(run, arm, model))
+        if step >= finetune_from(s):
+            return {}
+        return dict(paths=to_device(draw_paths(s, s.block_size, step, turn), run.device))
+
+    return train(run, arm, model, extra)
+
+
+@torch.no_grad()
+def measure(run, model):
+    """One set of weights in its three attention modes, on the second half of the validation split:
+    dense; one draw (mean over the draws); and self-ensembles, whose prediction is the mean of the draws' probabilities,
+
+        log p(x) = logsumexp_k log p_k(x) - log K.
+
+    Averaging also calibrates. So that this is not taken for knowledge, dense mode is shown again with the temperature
+    that is best on the first half. A draw is one sub-model: the same paths for all windows.
+    """
+    s = run.settings
+    starts = run.data.windows("val", s.eval_tokens)
+    most = max(1, s.ensemble_tokens // s.block_size) if s.ensemble_tokens else len(starts)
+    fit, reported = starts[:len(starts) // 2][:most], starts[len(starts) // 2:][:most]
+    model.eval()
+
+    def batches(starts):
+        for at in range(0, len(starts), s.batch_size):
+            yield run.data.rows("val", starts[at:at + s.batch_size])
+
+    def logits(x, paths=None):
+        with run.autocast():
+            return model(x, paths=paths)[0].flatten(0, 1).float()                                # (B T, vocab)
+
+    heats = 2.0 ** np.linspace(-1, 1, 41)
+    fits = sum(np.array([F.cross_entropy(z / heat, y.flatten(), reduction="sum").item() for heat in heats])
+               for x, y in batches(fit) for z in [logits(x)]) if len(fit) else -np.ones_like(heats)
+    heat = float(heats[fits.argmin()]) if len(fit) else 1.0
+
+    sizes = sorted({2 ** i for i in range(s.draws.bit_length())} | {s.draws}) if s.ssa != "off" else []
+    paths = [to_device(draw_paths(s, s.block_size, "draw", k), run.device) for k in range(s.draws)] if sizes else []
+    loss, hits = {}, {}  # sums over tokens, by row of the table
+
+    def add(row, log_p, y):
+        loss[row] = loss.get(row, 0.0) + F.nll_loss(log_p, y, reduction="sum").item()
+        hits[row] = hits.get(row, 0) + (log_p.argmax(-1) == y).sum().item()
+
+    for x, y in batches(reported):
+        y = y.flatten()
+        dense = logits(x)
+        add("dense", dense.log_softmax(-1), y)
+        add("heat", (dense / heat).log_softmax(-1), y)
+        mixture = torch.full_like(dense, -math.inf)
+        for k, path in enumerate(paths, 1):
+            log_p = logits(x, path).log_softmax(-1)
+            add("draw", log_p, y)
+            mixture = torch.logaddexp(mixture, log_p)
+            if k in sizes:
+                add(k, mixture - math.log(k), y)
+    n = len(reported) * s.block_size
+    result = dict(tokens=n, temperature=heat, val_loss_dense_mode=loss["dense"] / n, top1_dense_mode=hits["dense"] / n,
+                  val_loss_temperature=loss["heat"] / n)
+    if sizes:
+        result.update(val_loss_single_draw=loss["draw"] / n / s.draws, top1_single_draw=hits["draw"] / n / s.draws,
+                      ensemble={str(k): loss[k] / n for k in sizes}, ensemble_top1={str(k): hits[k] / n for k in sizes})
+    return result
+
+
+def evaluate_arm(run, arm, model):
+    """The evaluation of an arm's best weights and, for the technique, of its weights just before the fine-tuning."""
+    result = measure(run, model)
+    path = run.out / arm / "before_finetune.pt"
+    if path.exists():
+        before = build(arm, run.settings).to(run.device)
+        before.load_state_dict(read_checkpoint(run, path, arm)["model"])
+        result["before_finetune"] = measure(run, before)
+    return result
+
+
+def report(run, arms):
+    """The technique's table, and its picture where matplotlib is installed."""
+    found = {"SSA": arms["technique"]["evaluation"]}
+    if "before_finetune" in found["SSA"]:
+        found = {"SSA before fine-tuning": found["SSA"]["before_finetune"], "SSA": found["SSA"]}
+    if "dense" in arms:
+        found["dense twin"] = arms["dense"]["evaluation"]
+    rows = [["loss (top-1)", *found]]
+
+    def row(name, value, top1):
+        rows.append([name, *(f"{value(e):.4f} ({100 * top1(e):.1f}%)" for e in found.values())])
+
+    row("dense mode", lambda e: e["val_loss_dense_mode"], lambda e: e["top1_dense_mode"])
+    row("dense mode, best temperature", lambda e: e["val_loss_temperature"], lambda e: e["top1_dense_mode"])
+    sizes = list(found["SSA"].get("ensemble", {}))
+    if sizes:
+        row("one draw", lambda e: e["val_loss_single_draw"], lambda e: e["top1_single_draw"])
+    for k in sizes[1:]:
+        row(f"ensemble of {k}", lambda e: e["ensemble"][k], lambda e: e["ensemble_top1"][k])
+    print(f"\nAttention modes, on {found['SSA']['tokens']:,} tokens of the validation split's second half:", table(rows), sep="\n")
+    if sizes:
+        with plot(run.out / "ensemble.png", "draws in the ensemble", "validation loss (nats)") as axes:
+            for color, (name, e) in enumerate(found.items()):
+                axes and axes.plot([int(k) for k in sizes], list(e["ensemble"].values()), f"C{color}o-", label=name)
+                axes and axes.axhline(e["val_loss_dense_mode"], color=f"C{color}", ls=":", label=f"{name}, dense mode")
+
+
+# ==== shared: main
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+def table(rows):
+    """Rows of strings in aligned columns, the first row a heading."""
+    width = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(row, width))) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+@contextlib.contextmanager
+def plot(path, x, y):
+    """Axes of a picture written to path; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        yield None
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    yield axes
+    axes.legend()
+    figure.savefig(path)
+    print(f"picture: {path}")
+
+
+def open_out(s):
+    """The folder for what the run writes. An older run there is moved aside, what is no run is left alone."""
+    out = Path(f"out/{SCRIPT.removeprefix('nano_')}" if s.out_dir == "auto" else s.out_dir)
+    ours = (out / "results.json").exists()
+    if s.resume or s.eval_only:
+        if not ours:
+            raise UserError(f"there is no run in {out}: leave --resume and --eval_only out, or name its folder with --out_dir")
+    elif ours:
+        aside = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
+        out.rename(aside)
+        print(f"moved the earlier run aside, to {aside}")
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} holds files that are no run of these scripts: use another --out_dir")
+    return out
+
+
+def start(s):
+    """Settings -> Run: device, precision, processes (under torchrun), data, folder. Prints the header."""
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    device = pick_device(f"cuda:{local}" if world > 1 and pick_device(s.device).type == "cuda" else s.device)
+    dtype, why = pick_dtype(s.dtype, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.set_float32_matmul_precision("high")  # TF32
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    run = Run(s, device, dtype, why, rank, world, out=None)
+    for turn in (0, 1):  # one process of each machine prepares the data, the others find them ready
+        if (local > 0) == turn:
+            run.data = Data(s, device)
+        if world > 1:
+            dist.barrier()
+    s.vocab_size = run.data.vocab_size
+    unknown = sorted(set(s.prompt) - set(run.data.alphabet)) if run.data.alphabet else []
+    if unknown:
+        raise UserError(f"--prompt has {unknown}, which {run.data.name} does not contain: its {len(run.data.alphabet)} characters "
+                        f"are {''.join(run.data.alphabet)!r}")
+    if rank == 0:
+        run.out = open_out(s)
+    if world > 1:
+        found = [run.out]
+        dist.broadcast_object_list(found)
+        run.out = found[0]
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    print_once(run, f"{SCRIPT} on {run.data.name}: {len(run.data.train):,} tokens for training, {len(run.data.val):,} for validation, "
+               f"vocabulary {s.vocab_size}",
+               f"{device}{gpu}{f' x {world}' if world > 1 else ''}, {str(dtype).removeprefix('torch.')} ({why}), torch {torch.__version__}, "
+               f"{torch.get_num_threads()} threads",
+               f"{s.n_layer} layers, {s.n_head} heads, width {s.n_embd}, context {s.block_size}; {s.max_iters:,} steps of "
+               f"{world * s.grad_accum * s.batch_size * s.block_size:,} tokens with {s.optimizer}; results in {run.out}")
+    return run
+
+
+def work(s):
+    """Train and evaluate the arms, print the tables and a sample; returns the content of results.json."""
+    run = start(s)
+    path = run.out / "results.json"
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True) if shutil.which("git") else None
+    results = dict(script=SCRIPT, dataset=run.data.name, device=str(run.device), dtype=str(run.dtype).removeprefix("torch."),
+                   torch=torch.__version__, git=git.stdout.strip() or None if git else None, seed=s.seed,
+                   settings=dataclasses.asdict(s), arms={})
+    if s.resume or s.eval_only:
+        try:
+            results["arms"] = json.loads(path.read_text(encoding="utf-8"))["arms"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a results file of {SCRIPT}.py: move it away, or use another --out_dir")
+    elif run.rank == 0:
+        write(path, json.dumps(results, indent=1))
+    for arm in ARMS if s.compare else ARMS[:1]:
+        torch.manual_seed(key(s.seed, "weights"))
+        model = build(arm, s).to(run.device)
+        best = run.out / arm / "best.pt"
+        if s.eval_only and not best.exists():
+            raise UserError(f"{best} does not exist: train first, without --eval_only")
+        finished = arm in results["arms"]
+        if not finished and not s.eval_only:
+            results["arms"][arm] = train_arm(run, arm, model)
+        if run.rank == 0:
+            model.load_state_dict(read_checkpoint(run, best, arm)["model"])
+            model.eval()
+            if not finished or s.eval_only:
+                results["arms"].setdefault(arm, {})["evaluation"] = evaluate_arm(run, arm, model)
+                write(path, json.dumps(results, indent=1))
+            if arm == ARMS[0]:
+                first = model
+    if run.rank == 0:
+        columns = dict(val_loss="val loss", best_val_loss="best", train_loss="train", parameters="parameters", flops_per_token="FLOPs/token",
+                       train_seconds="seconds", tokens_per_second="tokens/s", mfu="MFU", peak_memory_bytes="peak bytes")
+        print("\n" + table([["arm", *columns.values()]] + [[arm] + [
+            "-" if value is None else f"{value:.4f}" if "loss" in name or name == "mfu" else f"{value:,.0f}"
+            for name in columns for value in [found.get(name)]] for arm, found in results["arms"].items()]))
+        report(run, results["arms"])
+        if s.sample_tokens:
+            torch.manual_seed(key(s.seed, "sample"))
+            idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
+            with run.autocast():
+                idx = first.generate(idx, s.sample_tokens, s.temperature, s.top_k)
+            print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
+    if run.world > 1:
+        dist.destroy_process_group()
+    return results
+
+
+def main(argv=None):
+    """Run the script; returns the content of results.json. What the user can put right ends it in one line."""
+    try:
+        return work(parse(argv))
+    except UserError as e:
+        message = str(e)
+    except OSError as e:
+        message = f"{e}: free some space or choose another --out_dir, then go on with --resume"
+    except torch.OutOfMemoryError:
+        message = "the device has too little memory: use a smaller --batch_size and a larger --grad_accum"
+    except KeyboardInterrupt as e:
+        message = str(e) or "stopped; --resume goes on from the last evaluation"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
+# ==== end shared

@@ -1,0 +1,34 @@
+"""Real text for the tests: tiny Shakespeare where data/shakespeare_char/input.txt holds it, else Python's standard library."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SMALL = ("--device cpu --n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --max_iters 20 --warmup_iters 4 "
+         "--eval_interval 10 --eval_tokens 1024 --sample_tokens 8").split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A prepared corpus, outside the checkout."""
+    data = tmp_path_factory.mktemp("corpus") / "data"
+    data.mkdir()
+    shutil.copy(ROOT / "data" / "prepare.py", data)
+    text, name = ROOT / "data" / "shakespeare_char" / "input.txt", "stdlib"
+    if text.exists():
+        name = "shakespeare_char"
+        (data / name).mkdir()
+        shutil.copy(text, data / name)
+    subprocess.run([sys.executable, data / "prepare.py", name], check=True)
+    return data / name
+
+
+@pytest.fixture
+def small(corpus, tmp_path):
+    """Flags of a run that takes a second or two."""
+    return [*SMALL, "--dataset", str(corpus), "--out_dir", str(tmp_path / "out")]
