@@ -397,14 +397,26 @@ def test_a_folder_that_cannot_be_written_gets_one_line(capsys, small, tmp_path):
     refused(capsys, [*small, "--out_dir", "/proc/nano/out"], "--out_dir")
 
 
-def test_bfloat16_autocast_and_the_compiled_model(small, tmp_path, capsys):
-    plain = nano.main([*small, "--dtype", "bfloat16", "--draws", "1"])
-    assert plain["dtype"] == "bfloat16"
-    assert plain["arms"]["technique"]["val_loss"] == pytest.approx(nano.main([*small, "--draws", "1"])["arms"]["technique"]["val_loss"], abs=0.02)
+def final_loss(argv):
+    return nano.main([*argv, "--draws", "1", "--n_layer", "1"])["arms"]["technique"]["val_loss"]
+
+
+@pytest.mark.parametrize("finetune", ["0", "1"])
+def test_bfloat16_autocast_and_the_compiled_model(small, capsys, finetune):
+    """What CUDA does by default, on a CPU: sampled paths with finetune 0, dense attention with finetune 1."""
+    plain = final_loss([*small, "--finetune", finetune])
+    assert final_loss([*small, "--finetune", finetune, "--dtype", "bfloat16"]) == pytest.approx(plain, abs=0.02)
     capsys.readouterr()
-    fast = nano.main([*small, "--dtype", "bfloat16", "--compile", "on", "--draws", "1"])
+    assert final_loss([*small, "--finetune", finetune, "--dtype", "bfloat16", "--compile", "on"]) == pytest.approx(plain, abs=0.02)
     assert "compiled in" in capsys.readouterr().out
-    assert fast["arms"]["technique"]["val_loss"] == pytest.approx(plain["arms"]["technique"]["val_loss"], abs=0.02)
+
+
+def test_float16_scales_the_loss(small, tmp_path, monkeypatch):
+    """What older CUDA cards do, on a CPU; the scale is part of the checkpoint."""
+    plain = final_loss(small)
+    monkeypatch.setattr(nano, "pick_dtype", lambda name, device: (torch.float16, "for this test"))
+    assert final_loss(small) == pytest.approx(plain, abs=0.02)
+    assert torch.load(tmp_path / "out" / "technique" / "ckpt.pt", weights_only=True)["scaler"]["scale"] > 1
 
 
 def test_a_compiler_that_fails_is_seen_and_does_not_stop_the_run(small, capsys, monkeypatch):
@@ -413,9 +425,8 @@ def test_a_compiler_that_fails_is_seen_and_does_not_stop_the_run(small, capsys, 
             raise RuntimeError("no C compiler found")
         return fast
 
-    expected = nano.main([*small, "--draws", "1"])
+    expected = final_loss(small)
     monkeypatch.setattr(torch, "compile", compile)
     capsys.readouterr()
-    found = nano.main([*small, "--draws", "1", "--compile", "on"])
+    assert final_loss([*small, "--compile", "on"]) == expected
     assert "no C compiler found" in capsys.readouterr().out
-    assert found["arms"]["technique"]["val_loss"] == expected["arms"]["technique"]["val_loss"]

@@ -1,0 +1,320 @@
+"""Cost tables, measured side by side in one run: arms take turns, medians are shown, and a time counts as a ratio.
+
+    python tests/bench.py ssa              # subsampled attention against materialised and fused dense attention
+    python tests/bench.py base             # a training step of the dense twin against the plain loop of nanoGPT's recipe
+    python tests/bench.py base --train     # both trained in turns: seconds and loss on the whole validation split
+
+FLOPs and bytes are counted: they are exact and the same on every machine.
+"""
+import argparse
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import nano_ssa as nano  # noqa: E402
+
+
+def machine():
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
+    return f"{gpu or (names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def in_turns(arms, runs, device):
+    """{name: median seconds} of the functions, called in turn, after one round that is not counted."""
+    times = {name: [] for name in arms}
+    for turn in range(runs + 1):
+        for name, f in arms.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            f()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+# ssa
+
+def materialised(q, k, v):
+    T, D = q.shape[-2:]
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(D)
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -math.inf).softmax(-1) @ v
+
+
+def blocks(x, path):
+    """(B, H, T, D) -> the sources of each block (N, B*H, w, D); with the identity path, the queries of each block."""
+    B, H, T, D = x.shape
+    return x.index_select(2, path.flatten()).reshape(B * H, *path.shape, D).transpose(0, 1)
+
+
+def two_sets_of_keys(q, k, v, path):
+    """The same function with every block's own keys beside the drawn ones, of which a query sees only itself: 2w scores."""
+    T, (N, w) = q.size(2), path.shape
+    own = torch.arange(T, device=q.device).view(N, w)
+    mask = torch.cat([path[:, None, :] < own[:, :, None], torch.eye(w, dtype=torch.bool, device=q.device).expand(N, w, w)], -1)[:, None]
+    y = F.scaled_dot_product_attention(blocks(q, own), torch.cat([blocks(k, path), blocks(k, own)], 2),
+                                       torch.cat([blocks(v, path), blocks(v, own)], 2), attn_mask=mask)
+    return y.transpose(0, 1).reshape(q.shape)
+
+
+def materialised_blocks(q, k, v, path):
+    """The same function with the scores of each block written out."""
+    T, D, (N, w) = q.size(2), q.size(3), path.shape
+    own = torch.arange(T, device=q.device).view(N, w)
+    a = (blocks(q, own) @ blocks(k, path).transpose(-1, -2)).masked_fill((path[:, None, :] >= own[:, :, None])[:, None], -math.inf)
+    a = (torch.cat([a, blocks((q * k).sum(-1, keepdim=True), own)], -1) / math.sqrt(D)).softmax(-1)
+    return (a[..., :-1] @ blocks(v, path) + a[..., -1:] * blocks(v, own)).transpose(0, 1).reshape(q.shape)
+
+
+def ssa_arms(T, device):
+    """{name: (attention function, scores computed for a query)}."""
+    arms = {"materialised": (materialised, T), "fused causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), T)}
+    for r in (4, 8):
+        path = nano.draw_paths(nano.Settings(n_layer=1, block_size=T, reduction=r), T, "bench")[0].to(device)
+        w = path.shape[1]
+        arms[f"SSA r={r}"] = (lambda q, k, v, path=path: nano.subsampled_attention(q, k, v, path), w + 1)
+        arms[f"SSA r={r}, 2w keys"] = (lambda q, k, v, path=path: two_sets_of_keys(q, k, v, path), 2 * w)
+        arms[f"SSA r={r}, materialised"] = (lambda q, k, v, path=path: materialised_blocks(q, k, v, path), w + 1)
+    return arms
+
+
+def qkv(T, tokens, device):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return [torch.randn(max(1, tokens // T), 6, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+def kept_bytes(f, tensors):
+    """Bytes that autograd keeps for the backward pass, the inputs left out, each storage counted once."""
+    kept = {}
+    inputs = {x.untyped_storage().data_ptr() for x in tensors}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = f(*tensors)  # noqa: F841 (kept alive, so that no address is used twice)
+    return sum(n for at, n in kept.items() if at not in inputs)
+
+
+def peak_bytes(name, T, tokens, device):
+    """Peak memory of one forward and backward beyond what was there before; on a CPU in a process of its own."""
+    if device == "cpu":
+        return int(subprocess.run([sys.executable, __file__, "peak", name, str(T), str(tokens)], capture_output=True, text=True, check=True).stdout)
+    tensors = qkv(T, tokens, device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ssa_arms(T, device)[name][0](*tensors).sum().backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak(name, T, tokens):
+    """The high-water mark of this process's memory, as /proc has it (Linux)."""
+    def high():
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    small = qkv(64, 64, "cpu")
+    nano.subsampled_attention(*small, nano.draw_paths(nano.Settings(n_layer=1), 64, 0)[0]).sum().backward()  # libraries in place
+    tensors, f = qkv(T, tokens, "cpu"), ssa_arms(T, "cpu")[name][0]
+    before = high()
+    f(*tensors).sum().backward()
+    print(high() - before)
+
+
+def ssa(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors, arms = [x.detach().double() for x in qkv(64, 128, "cpu")], ssa_arms(64, "cpu")
+    for name, (f, _) in arms.items():  # what is compared computes the same
+        if name.startswith("SSA"):
+            torch.testing.assert_close(f(*tensors), arms[name.split(",")[0]][0](*tensors))
+    print(f"attention, 6 heads of 64, {args.tokens:,} tokens, forward and backward; {machine()}\n")
+    rows = [["T", "attention", "score FLOPs, 1/", "saved bytes", "peak bytes", "time", "vs materialised", "vs fused causal"]]
+    for T in args.T:
+        tensors = qkv(T, args.tokens, device)
+        arms = ssa_arms(T, device)
+        grad = torch.randn_like(tensors[0])
+
+        def step(f):
+            for x in tensors:
+                x.grad = None
+            f(*tensors).backward(grad)
+
+        times = in_turns({name: (lambda f=f: step(f)) for name, (f, _) in arms.items()}, args.runs, device)
+        for name, (f, scores) in arms.items():
+            rows.append([f"{T}", name, f"{T / scores:.2f}", f"{kept_bytes(f, tensors):,}", f"{peak_bytes(name, T, args.tokens, device):,}",
+                         f"{1000 * times[name]:.1f} ms", f"{times['materialised'] / times[name]:.2f}x", f"{times['fused causal'] / times[name]:.2f}x"])
+    print(nano.table(rows))
+
+
+# base: the loop that nanoGPT's README and config/train_shakespeare_char.py describe, written plainly
+
+class PlainAttention(nn.Module):
+    def __init__(self, C, H):
+        super().__init__()
+        self.H, self.qkv, self.out = H, nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.H, C // self.H).transpose(1, 2) for y in self.qkv(x).split(C, dim=2))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous().view(B, T, C))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, C, H):
+        super().__init__()
+        self.attention, self.norm1, self.norm2 = PlainAttention(C, H), nn.LayerNorm(C, bias=False), nn.LayerNorm(C, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C, bias=False), nn.GELU(), nn.Linear(4 * C, C, bias=False))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PlainGPT(nn.Module):
+    def __init__(self, V, T, L, H, C):
+        super().__init__()
+        self.token, self.position = nn.Embedding(V, C), nn.Embedding(T, C)
+        self.blocks, self.norm = nn.ModuleList(PlainBlock(C, H) for _ in range(L)), nn.LayerNorm(C, bias=False)
+        self.head = nn.Linear(C, V, bias=False)
+        self.head.weight = self.token.weight
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * L) if name.endswith(("out.weight", "mlp.2.weight")) else 0.02)
+
+    def forward(self, x, y):
+        h = self.token(x) + self.position(torch.arange(x.size(1), device=x.device))
+        for block in self.blocks:
+            h = block(h)
+        logits = self.head(self.norm(h))
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1))
+
+
+def plain_loop(train_ids, s):
+    """One training step of the recipe, as a function: AdamW (betas 0.9, 0.99; decay 0.1 on matrices), cosine from 1e-3 to
+    1e-4 after 100 steps, gradient norm 1, batches cut from an array by the host, the loss read at every step."""
+    device = s.device
+    model = PlainGPT(s.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd).to(device)
+    groups = [dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=0.1), dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=device == "cuda")
+    fast = torch.compile(model) if device == "cuda" else model
+
+    def step(i):
+        lr = 1e-3 * (i + 1) / 101 if i < 100 else 1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * (i - 100) / max(1, s.max_iters - 100)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        starts = torch.randint(len(train_ids) - s.block_size, (s.batch_size,))
+        x = torch.stack([torch.from_numpy(train_ids[j:j + s.block_size].astype(np.int64)) for j in starts]).to(device)
+        y = torch.stack([torch.from_numpy(train_ids[j + 1:j + 1 + s.block_size].astype(np.int64)) for j in starts]).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = fast(x, y)[1]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return model, step
+
+
+def our_loop(run, model):
+    """One training step of the scripts, from their own parts."""
+    s = run.settings
+    optimizers = nano.make_optimizers(model, s, run.device)
+    fast = nano.compiled(run, model, lambda step, turn: {})
+
+    def step(i):
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["peak_lr"] * nano.lr_factor(s, i)
+        x, y = run.data.batch(i, 0)
+        torch.manual_seed(nano.key(s.seed, "dropout", i, 0))
+        with run.autocast():
+            loss = fast(x, y)[1]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+
+    return step
+
+
+def run_of(**settings):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    s = nano.Settings(**{**dict(device=device, ssa="off", dataset="shakespeare_char"), **settings})
+    torch_device = nano.pick_device(device)
+    run = nano.Run(s, torch_device, *nano.pick_dtype("auto", torch_device), 0, 1, None, nano.Data(s, torch_device))
+    s.vocab_size = run.data.vocab_size
+    return run
+
+
+RECIPE = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, max_iters=2000)  # nanoGPT's for a CPU
+
+
+def base(args):
+    ids = lambda run: run.data.train.cpu().numpy().astype("<u2")
+    print(machine())
+    if not args.train:
+        sizes = {"CPU recipe, 4 x 128, T 64": RECIPE, "tiny, 6 x 96, T 64": dict()}
+        if torch.cuda.is_available():
+            sizes = {"char, 6 x 384, T 256": dict(n_head=6, n_embd=384, block_size=256, batch_size=64)}
+        rows = [["training step, AdamW", "plain loop", "this project", "ratio"]]
+        for name, settings in sizes.items():
+            run = run_of(**settings, optimizer="adamw", learning_rate=1e-3)
+            torch.manual_seed(0)
+            plain, ours = plain_loop(ids(run), run.settings)[1], our_loop(run, nano.GPT(run.settings).to(run.device))
+            times = in_turns({"plain": lambda: plain(500), "ours": lambda: ours(500)}, args.runs * 10, run.device.type)
+            rows.append([name, *(f"{1000 * t:.1f} ms" for t in times.values()), f"{times['plain'] / times['ours']:.2f}x"])
+        print(nano.table(rows))
+        return
+    recipe, tiny = run_of(**RECIPE), run_of()
+    torch.manual_seed(args.seed)
+    tiny.settings.seed = tiny.data.seed = args.seed
+    plain, plain_step = plain_loop(ids(recipe), recipe.settings)
+    ours = nano.GPT(tiny.settings)
+    our_step = our_loop(tiny, ours)
+    seconds = {"recipe": 0.0, "tiny": 0.0}
+    share, turns = {"recipe": 0, "tiny": 0}, 100
+    for turn in range(turns):  # each arm does a hundredth of its steps, then it is the other's turn
+        for name, run, step in (("recipe", recipe, plain_step), ("tiny", tiny, our_step)):
+            start = time.perf_counter()
+            while share[name] < (turn + 1) * run.settings.max_iters // turns:
+                step(share[name])
+                share[name] += 1
+            run.sync()
+            seconds[name] += time.perf_counter() - start
+    rows = [["on the whole validation split", "steps", "training seconds", "ratio", "loss"]]
+    for name, run, model in (("recipe", recipe, plain), ("tiny", tiny, ours)):
+        rows.append([name, f"{share[name]}", f"{seconds[name]:.1f}", f"{seconds[name] / seconds['recipe']:.2f}", f"{nano.evaluate(run, model):.4f}"])
+    print(nano.table(rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    p = commands.add_parser("ssa")
+    p.add_argument("--T", type=int, nargs="+", default=[256, 1024, 4096])
+    p.add_argument("--tokens", type=int, default=4096)
+    p.add_argument("--runs", type=int, default=7)
+    p.set_defaults(run=ssa)
+    p = commands.add_parser("base")
+    p.add_argument("--train", action="store_true")
+    p.add_argument("--runs", type=int, default=7)
+    p.add_argument("--seed", type=int, default=1337)
+    p.set_defaults(run=base)
+    p = commands.add_parser("peak")
+    p.add_argument("name"), p.add_argument("T", type=int), p.add_argument("tokens", type=int)
+    p.set_defaults(run=lambda a: peak(a.name, a.T, a.tokens))
+    args = parser.parse_args()
+    args.run(args)

@@ -1,0 +1,97 @@
+"""The tables of README: a script's arms over several seeds, mean and standard deviation.
+
+    python tests/evidence.py nano_ssa                              # seeds 1, 2, 3 on Shakespeare at the default size
+    python tests/evidence.py nano_ssa --share 0.03                 # on the first 3% of the training text
+    python tests/evidence.py nano_ssa --seeds 1 2 3 4 5 -- --sigma 1    # flags after -- go to the script
+
+Every run is the script's own `--compare`, in out/evidence/; a run that was interrupted goes on, a finished one is read.
+"""
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# what a script's table shows: name of the row, key in an arm of results.json (dots go into nested objects)
+COMMON = [("validation loss, last", "val_loss"), ("validation loss, best", "best_val_loss"), ("training loss, last", "train_loss")]
+ROWS = {
+    "nano_ssa": [
+        *COMMON,
+        *((f"{when}: {name}", f"evaluation.{where}{key}")
+          for when, where in (("before fine-tuning", "before_finetune."), ("best weights", ""))
+          for name, key in (("dense mode", "val_loss_dense_mode"), ("dense mode, best temperature", "val_loss_temperature"),
+                            ("one draw", "val_loss_single_draw"), ("ensemble of 2", "ensemble.2"), ("ensemble of 4", "ensemble.4"),
+                            ("ensemble of 8", "ensemble.8"), ("ensemble of 16", "ensemble.16"),
+                            ("top-1, dense mode", "top1_dense_mode"), ("top-1, ensemble of 16", "ensemble_top1.16"))),
+    ],
+}
+
+
+def value(arm, key):
+    for part in key.split("."):
+        arm = arm.get(part) if isinstance(arm, dict) else None
+    return arm
+
+
+def part_of(folder, share):
+    """A corpus with the first part of another's training split and all of its validation split."""
+    part = folder.with_name(f"{folder.name}_{share:g}")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    ids = np.fromfile(folder / "train.bin", dtype="<u2")[:int(share * meta["train_tokens"])]
+    part.mkdir(exist_ok=True)
+    (part / "meta.json").write_text(json.dumps({**meta, "train_tokens": len(ids)}), encoding="utf-8")
+    (part / "val.bin").write_bytes((folder / "val.bin").read_bytes())
+    ids.tofile(part / "train.bin")
+    return part
+
+
+def table(script, results):
+    """A Markdown table of results.json contents, a column for each arm: mean ± standard deviation over the runs."""
+    arms = list(results[0]["arms"])
+    lines = [f"| {len(results)} seeds | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
+    for name, key in ROWS.get(script, COMMON):
+        cells = []
+        for arm in arms:
+            found = [value(r["arms"][arm], key) for r in results]
+            cells.append("" if None in found else f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}" if len(found) > 1 else f"{found[0]:.4f}")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", help="nano_ssa, ...")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--dataset", default="shakespeare_char")
+    parser.add_argument("--share", type=float, default=1.0, help="of the training split that is used")
+    parser.add_argument("--name", default="", help="tells the runs of one set of flags from those of another")
+    parser.add_argument("flags", nargs="*")
+    args = parser.parse_args()
+    import importlib
+    folder = importlib.import_module(args.script).find_data(args.dataset)
+    if args.share < 1:
+        folder = part_of(folder, args.share)
+    results = []
+    for seed in args.seeds:
+        out = Path("out") / "evidence" / f"{args.script}-{folder.name}{args.name and '-' + args.name}-{seed}"
+        command = [sys.executable, str(ROOT / f"{args.script}.py"), "--compare", "--dataset", str(folder), "--seed", str(seed),
+                   "--out_dir", str(out), *args.flags, *(["--resume"] if (out / "results.json").exists() else [])]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        results.append(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    first = results[0]
+    device = torch.cuda.get_device_name() if first["device"].startswith("cuda") else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"python tests/evidence.py {' '.join(sys.argv[1:])}  ({first['dataset']}, {first['dtype']}, {device}, torch {first['torch']})\n")
+    print(table(args.script, results))
+
+
+if __name__ == "__main__":
+    main()
