@@ -3,7 +3,61 @@
 # dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken", "tqdm", "pytest"]
 # ///
 """
-DOCSTRING
+Stochastically Subsampled self-Attention (SSA)
+
+    "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles"
+    Hussain, Zaki and Subramanian, KDD 2023, https://arxiv.org/abs/2306.01705
+
+In training, attention costs T^2. The paper's hypothesis: a trained transformer is an ensemble of sparse sub-models, its
+"information pathways"; each input uses its own few, but all of them can be trained on their own. So nobody has to find the
+good ones: draw one at random in every layer and every step, train that, and finish with a short phase of dense attention
+that brings all of them together. The trained model runs dense, or as a self-ensemble: several drawn sub-models of one set
+of weights, whose predicted probabilities are averaged.
+
+A draw says which sources (keys and values) a query may see. With reduction r these are w = T/r instead of T:
+
+    o_i = softmax_j(q_i . k_j / sqrt(D)) v_j        over the drawn sources j that are not in the future
+
+    unbiased: one uniform sample of w sources       locally biased: the sources are shuffled, mostly locally, and cut into
+    for all queries, the rest is left out           blocks of w; block b of the queries sees block b of the sources
+
+      source  0 1 2 3 4 5 6 7                         source  0 1 2 3 4 5 6 7
+     query 0    .   .                                query 0    . .                  T = 8, r = 4, w = 2
+           1    #   .                                      1    # .
+           2    #   .                                      2  #     .                # seen
+           3    #   #                                      3  #     #                . drawn, but in the future
+           4    #   #                                      4          # .
+           5    #   #                                      5          # #
+           6    #   #                                      6              # .
+           7    #   #                                      7              # #
+                S = {1, 3}                                 p = 1 2 | 0 3 | 5 4 | 7 6
+
+    p = argsort_m(m + sigma w eps_m), eps_m ~ N(0, 1): sigma = 0 leaves neighbours together, a large sigma mixes all
+
+In the drawings query 0 sees nothing; with --keep_self, the default, every query sees itself, whatever was drawn.
+
+    python nano_ssa.py                          # train, evaluate, sample; within 3 minutes on 2 CPU cores
+    python nano_ssa.py --compare                # beside the dense twin, trained on the same data in the same order
+    python nano_ssa.py --ssa unbiased --reduction 2
+    python tests/evidence.py nano_ssa           # the tables below
+    python tests/bench.py ssa
+
+@NUMBERS@
+
+What is the paper's and what is ours. Its authors have published no code (github.com/shamim-hussain/ssa), and this file was
+written from the abstract, the figures and the project page: what they do not say was chosen here.
+ 1. The paper's: the two ways to sample (Figure 3), a new draw in every iteration, the dense fine-tuning at the end, and
+    the self-ensemble at inference.
+ 2. The formula of the local shuffle and its spread are ours: Gaussian noise on the positions, sorted; sigma in windows.
+ 3. Granularity is ours: a draw for each layer and micro-step, shared by all heads and sequences, which makes it one cheap
+    index. (Later code of the first author, shamim-hussain/tgt, draws a set for each sequence, shared by the heads.)
+ 4. The figures show attention in both directions. Causality is ours: sources keep their index, and the mask compares that.
+ 5. keep_self is ours. In the paper's figure a query need not see itself, and under a causal mask some then see nothing.
+    With --keep_self off these get the output 0: the residual stream carries them on.
+ 6. The length of the fine-tuning (0.15 of the steps, on the same learning-rate schedule) is ours.
+ 7. The ensemble averages probabilities, as the same later code does; dropout is off in it, so that nothing but pathways
+    is sampled. What the paper averages, and over how many draws, is not known to us.
+ 8. No rescaling by 1/r anywhere: the softmax renormalises over what it sees.
 """
 import argparse
 import contextlib
