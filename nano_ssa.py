@@ -151,7 +151,7 @@ class Settings:
     optimizer: str = flag("muon", "muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all",
                           choices=("muon", "adamw"))
     learning_rate: float = flag(3e-3, "peak learning rate of AdamW", least=0.0)
-    muon_lr: float = flag(2e-2, "peak learning rate of Muon", least=0.0)
+    muon_lr: float = flag(4e-2, "peak learning rate of Muon", least=0.0)
     min_lr: float = flag(0.0, "learning rate at the last step; Muon's falls in proportion", least=0.0)
     warmup_iters: int = flag(50, "steps of linear warm-up", least=0)
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", least=0.0)
@@ -205,12 +205,12 @@ def parse(argv=None):
     parser = Parser(prog=f"{SCRIPT}.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields:
-        shown = {True: "on", False: "off"}.get(f.default, f.default) if f.type is bool else f.default
-        presets = "".join(f", {size} {v[f.name]}" for size, v in SIZES.items() if f.name in v)
-        kind = dict(type=switch, metavar="on|off", nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        takes = dict(type=switch, metavar="on|off", nargs="?", const=True) if f.type is bool else dict(type=f.type)
         if f.metadata["choices"]:
-            kind["metavar"] = "|".join(f.metadata["choices"])
-        parser.add_argument(f"--{f.name}", **kind, help=f"{f.metadata['help']} (default {shown!r}{presets})".replace("%", "%%"))
+            takes["metavar"] = "|".join(f.metadata["choices"])
+        default = {True: "on", False: "off"}[f.default] if f.type is bool else repr(f.default)
+        presets = [f"{size} {values[f.name]}" for size, values in SIZES.items() if f.name in values]
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default {', '.join([default, *presets])})", **takes)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -452,82 +452,71 @@ def find_data(name):
         if (folder / "train.bin").exists():
             return folder
     if wanted not in ("shakespeare_char", "shakespeare", "openwebtext", "stdlib", "listops"):
-        raise UserError(f"--dataset {name}: no train.bin in {DATA / wanted}; "
-                        f"python data/prepare.py --text FILE --name {name} makes one of your own text")
+        raise UserError(f"--dataset {name}: there is no train.bin in {DATA / wanted}; "
+                        f"python data/prepare.py --text FILE --name {name} makes one of a text of yours")
     if not (DATA / "prepare.py").exists():
         raise UserError(f"{DATA / 'prepare.py'} is missing: copy it from where you got {SCRIPT}.py, it prepares the data")
-    done = subprocess.run([sys.executable, str(DATA / "prepare.py"), wanted], capture_output=name == "auto", text=True)
+    done = subprocess.run([sys.executable, DATA / "prepare.py", wanted], stderr=subprocess.PIPE if name == "auto" else None, text=True)
     if done.returncode == 0:
         return DATA / wanted
-    if name == "auto":
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
-        print(f"Shakespeare is not to be had here ({reason}): training on the source of Python's standard library instead")
-        return find_data("stdlib")
-    raise UserError(f"--dataset {name} could not be prepared, see above")
+    if name != "auto":
+        raise UserError(f"--dataset {name} could not be prepared, see above")
+    reason = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+    print(f"Shakespeare is not to be had here ({reason}): training on the source of Python's standard library instead")
+    return find_data("stdlib")
 
 
 class Data:
     """Batches of token ids from one corpus. A small corpus lives on the device, a large one stays on disk."""
 
     def __init__(self, s, device):
-        folder = find_data(s.dataset)
-        self.seed, self.batch_size, self.T, self.device, self.name = s.seed, s.batch_size, s.block_size, device, folder.name
-        meta = self.read_meta(folder)
-        self.vocab_size = meta["vocab_size"]
-        self.train = self.read_bin(folder / "train.bin", meta.get("train_tokens"))
-        self.val = self.read_bin(folder / "val.bin", meta.get("val_tokens"))
-        if meta["tokenizer"] == "char":
-            ids = {c: i for i, c in enumerate(meta["alphabet"])}
-            self.alphabet, self.decode = ids, lambda tokens: "".join(meta["alphabet"][t] for t in tokens)
-            self.encode = lambda text: [ids[c] for c in text]
+        self.folder = find_data(s.dataset)
+        self.name, self.seed, self.batch_size, self.T, self.device = self.folder.name, s.seed, s.batch_size, s.block_size, device
+        meta = dict(tokenizer="gpt2", vocab_size=50257)  # of bins that come without a description
+        try:
+            if (self.folder / "meta.json").exists() or (self.folder / "meta.pkl").exists():  # nanoGPT's pickle is not read
+                meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            self.vocab_size, self.alphabet = meta["vocab_size"], meta["alphabet"] if meta["tokenizer"] == "char" else None
+            if self.alphabet is not None and len(self.alphabet) != self.vocab_size or meta["tokenizer"] not in ("char", "gpt2"):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError):
+            self.refuse("meta.json", "is absent or does not describe a corpus")
+        self.train, self.val = (self.read(split, meta.get(f"{split}_tokens")) for split in ("train", "val"))
+        if self.alphabet is not None:
+            ids = {c: i for i, c in enumerate(self.alphabet)}
+            self.encode, self.decode = lambda text: [ids[c] for c in text], lambda tokens: "".join(self.alphabet[t] for t in tokens)
         else:
             try:
                 bpe = tiktoken.get_encoding("gpt2")
-            except OSError as e:  # requests' errors are OSErrors
-                raise UserError(f"tiktoken cannot fetch GPT-2's vocabulary ({type(e).__name__}): connect to the network once, "
+            except (OSError, ValueError) as e:  # no network, or not GPT-2's files
+                raise UserError(f"tiktoken cannot load GPT-2's vocabulary ({type(e).__name__}): connect to the network once, "
                                 "or set TIKTOKEN_CACHE_DIR to a folder that holds it")
-            self.alphabet, self.decode, self.encode = None, bpe.decode, bpe.encode_ordinary
+            self.encode, self.decode = bpe.encode_ordinary, bpe.decode
 
-    def read_meta(self, folder):
-        path, again = folder / "meta.json", f"prepare {folder.name} again with data/prepare.py"
-        if not path.exists():  # bins of nanoGPT's, GPT-2's tokens
-            if (folder / "meta.pkl").exists():
-                raise UserError(f"{folder} has the alphabet in a pickle, which is not read: {again}")
-            return {"tokenizer": "gpt2", "vocab_size": 50257}
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            fits = meta["tokenizer"] == "gpt2" or meta["tokenizer"] == "char" and len(meta["alphabet"]) == meta["vocab_size"]
-        except (ValueError, KeyError, TypeError):
-            fits = False
-        if not fits:
-            raise UserError(f"{path} is not a description of a corpus: {again}")
-        return meta
+    def refuse(self, file, what):
+        raise UserError(f"{self.folder / file} {what}: prepare {self.name} again with data/prepare.py")
 
-    def read_bin(self, path, tokens):
-        again = f"prepare {path.parent.name} again with data/prepare.py"
+    def read(self, split, tokens):
+        path = self.folder / f"{split}.bin"
         size = path.stat().st_size if path.exists() else 0
         if size == 0 or size % 2 or tokens not in (None, size // 2):
-            raise UserError(f"{path} has {size} bytes" + (f" where meta.json says {2 * tokens}" if tokens else "") + f": {again}")
+            self.refuse(path.name, f"has {size} bytes" + (f" where meta.json says {2 * tokens}" if tokens else ""))
         if size // 2 <= self.T:
             raise UserError(f"{path} has {size // 2} tokens, too few for a context of {self.T}: use a smaller --block_size")
         ids = np.memmap(path, dtype="<u2", mode="r")
-        if size > 2**28:
-            return ids
-        self.check(ids, path)
-        return torch.from_numpy(ids.astype(np.int32)).to(self.device)
+        return ids if size > 2**28 else torch.from_numpy(self.check(ids, split).astype(np.int32)).to(self.device)
 
-    def check(self, ids, path):
+    def check(self, ids, split):
         if ids.max() >= self.vocab_size:
-            raise UserError(f"{path} holds token id {ids.max()}, but the vocabulary has {self.vocab_size}: "
-                            "train.bin, val.bin and meta.json belong to different preparations")
+            self.refuse(f"{split}.bin", f"holds token id {ids.max()}, beyond the vocabulary of {self.vocab_size} in meta.json")
+        return ids
 
     def rows(self, split, starts):
         """Inputs and targets (rows, T) at these offsets of a split, on the device, without waiting for it."""
         ids = getattr(self, split)
         if isinstance(ids, np.memmap):
-            rows = np.stack([ids[i:i + self.T + 1] for i in starts]).astype(np.int64)
-            self.check(rows, f"{split}.bin")
-            rows = to_device(torch.from_numpy(rows), self.device)
+            rows = self.check(np.stack([ids[i:i + self.T + 1] for i in starts]), split)
+            rows = to_device(torch.from_numpy(rows.astype(np.int64)), self.device)
         else:
             starts = to_device(torch.as_tensor(starts), self.device)
             rows = ids[starts[:, None] + torch.arange(self.T + 1, device=self.device)].long()
@@ -582,15 +571,15 @@ class Run:
     why: str  # the reason for dtype
     rank: int
     world: int
-    out: Path
     data: Data = None
+    out: Path = None
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def sync(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def print(self, *lines):
+        if self.rank == 0:
+            print(*lines, sep="\n", flush=True)
 
 
 def pick_dtype(name, device):
@@ -636,21 +625,18 @@ def lr_factor(s, step):
 
 def write(path, content):
     """Write text, or an object by torch.save, so that path holds either the old or the new content, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            if isinstance(content, str):
-                f.write(content.encode())
-            else:
-                torch.save(content, f)
+            f.write(content.encode()) if isinstance(content, str) else torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # RuntimeError is torch.save's word for a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OSError(f"{path} could not be written ({str(e).splitlines()[0]})") from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def snapshot(run, arm, model, **more):
@@ -689,17 +675,12 @@ def compiled(run, model, extra):
             with run.autocast():
                 loss = fast(x, y, **extra(step, 0))[1]
             loss.backward()
-        print_once(run, f"compiled in {time.perf_counter() - start:.0f} s")
+        run.print(f"compiled in {time.perf_counter() - start:.0f} s")
     except Exception as e:  # the chain of compilers may raise anything; training goes on without it, and says so
-        print_once(run, f"torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0][:120]}): training goes on uncompiled")
+        run.print(f"torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0][:120]}): training goes on uncompiled")
         fast = model
     model.zero_grad(set_to_none=True)
     return fast
-
-
-def print_once(run, *lines):
-    if run.rank == 0:
-        print(*lines, sep="\n", flush=True)
 
 
 def train(run, arm, model, extra=lambda step, turn: {}):
@@ -709,10 +690,10 @@ def train(run, arm, model, extra=lambda step, turn: {}):
     Writes into out/arm: ckpt.pt at step 0 and after every evaluation (all that a resumed run needs), best.pt (the
     weights with the lowest validation loss), log.jsonl (a line for every evaluation).
     """
-    s, data, folder = run.settings, run.data, run.out / arm
+    s, folder = run.settings, run.out / arm
     optimizers = make_optimizers(model, s, run.device)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    now = dict(step=0, val_loss=math.nan, best_val_loss=math.inf, best_step=0, train_seconds=0.0, loss_sum=0.0, loss_steps=0)
+    now = dict(step=0, val_loss=math.nan, best_val_loss=math.inf, best_step=0, train_seconds=0.0, loss_sum=0.0, loss_steps=0, log=[])
     resumed = (folder / "ckpt.pt").exists()
     if resumed:
         saved = read_checkpoint(run, folder / "ckpt.pt", arm)
@@ -721,128 +702,103 @@ def train(run, arm, model, extra=lambda step, turn: {}):
             o.load_state_dict(state)
         scaler.load_state_dict(saved["scaler"])
         now = saved["now"]
-    log = [line for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-           if json.loads(line)["step"] <= now["step"]] if resumed and (folder / "log.jsonl").exists() else []
-
-    def save():
-        if run.rank == 0:
-            write(folder / "log.jsonl", "".join(line + "\n" for line in log))
-            write(folder / "ckpt.pt", snapshot(run, arm, model, now=now, optimizers=[o.state_dict() for o in optimizers],
-                                               scaler=scaler.state_dict()))
-
+    groups = [group for o in optimizers for group in o.param_groups]
     fast = compiled(run, model, extra)
     if run.world > 1:
         fast = nn.parallel.DistributedDataParallel(fast, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     model.train()
-    nonfinite = torch.tensor(-1, device=run.device)  # the first step with a loss that is not finite; read only when a number is shown
-    loss_sum, loss_steps = torch.tensor(now["loss_sum"], device=run.device), now["loss_steps"]  # since the last evaluation
+    loss_sum = torch.tensor(now["loss_sum"], device=run.device)  # since the last evaluation
+    nonfinite = torch.tensor(-1, device=run.device)  # the first step whose loss was not finite
 
-    def check_finite():
+    def look():  # waits for the device, so only where a number is shown or saved
         if nonfinite.item() >= 0:
-            raise UserError(f"the loss of step {nonfinite.item()} is not finite: {folder / 'ckpt.pt'} is from before; lower "
+            raise UserError(f"the loss of step {nonfinite.item()} is not finite: {folder / 'ckpt.pt'} is from before it; lower "
                             "--learning_rate and --muon_lr, or use --dtype float32")
+        now["loss_sum"] = loss_sum.item()
+        return time.perf_counter()
 
-    stop = StopSignal(run)
+    stop = []  # Ctrl-C: save, then end; a second one ends at once, as it does where several processes would have to agree
+    if run.world == 1:
+        signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
     tokens = run.world * s.grad_accum * s.batch_size * s.block_size  # in a step
-    bar = tqdm(total=s.max_iters, initial=now["step"], desc=arm, unit="step", disable=run.rank > 0, dynamic_ncols=True,
-               mininterval=1.0, postfix={})
-    run.sync()
-    clock = shown = time.perf_counter()
-    with bar, stop:
-        while True:
-            step = now["step"]
-            if (step % s.eval_interval == 0 or step == s.max_iters) and not resumed or stop.asked:
-                run.sync()
-                now["train_seconds"] += time.perf_counter() - clock
-                check_finite()
-                if not stop.asked or step == s.max_iters:
-                    now["val_loss"] = evaluate(run, model, tokens=s.eval_tokens)
-                    line = dict(step=step, val_loss=now["val_loss"], train_loss=loss_sum.item() / loss_steps if loss_steps else None,
-                                lr=optimizers[0].param_groups[0]["lr"], train_seconds=round(now["train_seconds"], 3))
-                    inputs = extra(step, 0)
-                    if inputs:
-                        line["val_loss_as_trained"] = evaluate(run, model, tokens=s.eval_tokens, **inputs)
-                    if now["val_loss"] < now["best_val_loss"]:
-                        now["best_val_loss"], now["best_step"] = now["val_loss"], step
-                        if run.rank == 0:
-                            write(folder / "best.pt", snapshot(run, arm, model, now=now))
-                    log.append(json.dumps(line))
-                    loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
-                now["loss_sum"], now["loss_steps"] = loss_sum.item(), loss_steps
-                save()
-                if stop.asked:
-                    raise KeyboardInterrupt(f"stopped after step {step}, saved in {folder}: go on with --resume")
-                clock = time.perf_counter()
-            resumed = False
-            if step == s.max_iters:
-                break
+    bar = tqdm(total=s.max_iters, initial=now["step"], desc=arm, unit="step", disable=run.rank > 0, dynamic_ncols=True, mininterval=1)
+    clock = shown = look()
+    while True:
+        step = now["step"]
+        due = (step % s.eval_interval == 0 or step == s.max_iters) and not resumed
+        if due or stop:
+            now["train_seconds"] += look() - clock
+            if due:
+                now["val_loss"] = evaluate(run, model, tokens=s.eval_tokens)
+                line = dict(step=step, val_loss=now["val_loss"], train_loss=now["loss_sum"] / max(1, now["loss_steps"]),
+                            train_seconds=round(now["train_seconds"], 3))
+                if inputs := extra(step, 0):
+                    line["val_loss_as_trained"] = evaluate(run, model, tokens=s.eval_tokens, **inputs)
+                now["log"].append(line)
+                now["loss_sum"], now["loss_steps"] = 0.0, 0
+                loss_sum.zero_()
+            better = now["val_loss"] < now["best_val_loss"]
+            if better:
+                now["best_val_loss"], now["best_step"] = now["val_loss"], step
+            if run.rank == 0:
+                if better:
+                    write(folder / "best.pt", snapshot(run, arm, model))
+                write(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in now["log"]))
+                write(folder / "ckpt.pt", snapshot(run, arm, model, now=now, scaler=scaler.state_dict(),
+                                                   optimizers=[o.state_dict() for o in optimizers]))
+            if stop:
+                raise KeyboardInterrupt(f"stopped after step {step}, saved in {folder}: go on with --resume")
+            clock = time.perf_counter()
+        resumed = False
+        if step == s.max_iters:
+            break
 
-            factor = lr_factor(s, step)
-            for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = group["peak_lr"] * factor
-            for micro in range(s.grad_accum):
-                turn = run.rank * s.grad_accum + micro
-                x, y = data.batch(step, turn)
-                inputs = extra(step, turn)
-                torch.manual_seed(key(s.seed, "dropout", step, turn))
-                last = micro == s.grad_accum - 1
-                with contextlib.nullcontext() if last or run.world == 1 else fast.no_sync():
-                    with run.autocast():
-                        loss = fast(x, y, **inputs)[1]
-                    scaler.scale(loss / s.grad_accum).backward()
-                loss_sum += loss.detach() / s.grad_accum
-                nonfinite = torch.where((nonfinite < 0) & ~loss.detach().isfinite(), step, nonfinite)
-            for o in optimizers:
-                scaler.unscale_(o)
-            if s.grad_clip:
-                nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-            for o in optimizers:
-                scaler.step(o)
-            scaler.update()
-            for o in optimizers:
-                o.zero_grad(set_to_none=True)
-            now["step"], loss_steps = step + 1, loss_steps + 1
-            bar.update()
-            if run.rank == 0 and time.perf_counter() - shown > 1:  # the only place in the loop that waits for the device
-                check_finite()
-                speed = tokens * (step + 1) / (now["train_seconds"] + time.perf_counter() - clock)
-                bar.set_postfix_str(f"loss {loss_sum.item() / loss_steps:.3f}, val {now['val_loss']:.3f}, {speed / 1e3:.1f}k tokens/s",
-                                    refresh=False)
-                shown = time.perf_counter()
+        for group in groups:
+            group["lr"] = group["peak_lr"] * lr_factor(s, step)
+        for micro in range(s.grad_accum):
+            turn = run.rank * s.grad_accum + micro
+            x, y = run.data.batch(step, turn)
+            inputs = extra(step, turn)
+            torch.manual_seed(key(s.seed, "dropout", step, turn))
+            with contextlib.nullcontext() if run.world == 1 or micro == s.grad_accum - 1 else fast.no_sync():
+                with run.autocast():
+                    loss = fast(x, y, **inputs)[1]
+                scaler.scale(loss / s.grad_accum).backward()
+            loss_sum += loss.detach() / s.grad_accum
+            nonfinite = torch.where((nonfinite < 0) & ~loss.detach().isfinite(), step, nonfinite)
+        for o in optimizers:
+            scaler.unscale_(o)
+        if s.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        for o in optimizers:
+            scaler.step(o)
+        scaler.update()
+        model.zero_grad(set_to_none=True)
+        now["step"] += 1
+        now["loss_steps"] += 1
+        bar.update()
+        if run.rank == 0 and time.perf_counter() - shown > 1:
+            shown = look()
+            speed = tokens * now["step"] / (now["train_seconds"] + shown - clock)
+            bar.set_postfix_str(f"loss {now['loss_sum'] / now['loss_steps']:.3f}, val {now['val_loss']:.3f}, {speed / 1e3:.1f}k tokens/s", refresh=False)
+    bar.close()
+    if run.world == 1:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    speed = tokens * now["step"] / now["train_seconds"] if now["train_seconds"] else 0.0
-    peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
-    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    speed = tokens * now["step"] / max(now["train_seconds"], 1e-9)
     parameters = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(s, arm)
-    limit = next((v for name, v in PEAK_FLOPS.items() if run.device.type == "cuda" and run.dtype != torch.float32
-                  and name in torch.cuda.get_device_name(run.device)), None)
+    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    cuda, flops = run.device.type == "cuda", flops_per_token(s, arm)
+    limit = next((v for name, v in PEAK_FLOPS.items() if cuda and run.dtype != torch.float32 and name in torch.cuda.get_device_name()), None)
     return dict(val_loss=now["val_loss"], best_val_loss=now["best_val_loss"], best_step=now["best_step"],
-                train_loss=evaluate(run, model, "train", s.eval_tokens or len(data.val)), parameters=parameters,
+                train_loss=evaluate(run, model, "train", s.eval_tokens or len(run.data.val)), parameters=parameters,
                 parameters_non_embedding=parameters - embeddings, flops_per_token=flops, train_seconds=now["train_seconds"],
-                tokens_per_second=speed, mfu=flops * speed / run.world / limit if limit else None, peak_memory_bytes=peak)
+                tokens_per_second=speed, mfu=limit and flops * speed / run.world / limit,
+                peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else None)
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16, by name
 
-
-class StopSignal:
-    """Ctrl-C asks the training loop to save and end; a second one ends at once. With several processes, which could not
-    agree on the step, the signal ends the run and --resume goes on from its last evaluation."""
-
-    def __init__(self, run):
-        self.asked, self.alone = False, run.world == 1
-
-    def __enter__(self):
-        def ask(*_):
-            self.asked = True
-            signal.signal(signal.SIGINT, self.before)
-        if self.alone:
-            self.before = signal.signal(signal.SIGINT, ask)
-
-    def __exit__(self, *_):
-        if self.alone:
-            signal.signal(signal.SIGINT, self.before)
 # ==== end shared
 
 
@@ -958,7 +914,7 @@ def evaluate_arm(run, arm, model):
 
 
 def report(run, arms):
-    """The technique's table, and its picture where matplotlib is installed."""
+    """The technique's table."""
     found = {"SSA": arms["technique"]["evaluation"]}
     if "before_finetune" in found["SSA"]:
         found = {"SSA before fine-tuning": found["SSA"]["before_finetune"], "SSA": found["SSA"]}
@@ -977,11 +933,6 @@ def report(run, arms):
     for k in sizes[1:]:
         row(f"ensemble of {k}", lambda e: e["ensemble"][k], lambda e: e["ensemble_top1"][k])
     print(f"\nAttention modes, on {found['SSA']['tokens']:,} tokens of the validation split's second half:", table(rows), sep="\n")
-    if sizes:
-        with plot(run.out / "ensemble.png", "draws in the ensemble", "validation loss (nats)") as axes:
-            for color, (name, e) in enumerate(found.items()):
-                axes and axes.plot([int(k) for k in sizes], list(e["ensemble"].values()), f"C{color}o-", label=name)
-                axes and axes.axhline(e["val_loss_dense_mode"], color=f"C{color}", ls=":", label=f"{name}, dense mode")
 
 
 # ==== shared: main
@@ -990,26 +941,11 @@ def report(run, arms):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def table(rows):
-    """Rows of strings in aligned columns, the first row a heading."""
+    """Rows in aligned columns, the first row a heading: text as it is, fractions to four places, None as a dash."""
+    rows = [["-" if c is None else c if isinstance(c, str) else f"{c:.4f}" if abs(c) < 100 and c % 1 else f"{c:,.0f}" for c in row] for row in rows]
     width = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(row, width))) for row in rows]
+    lines = ["  ".join(c.rjust(n) if i else c.ljust(n) for i, (c, n) in enumerate(zip(row, width))) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-@contextlib.contextmanager
-def plot(path, x, y):
-    """Axes of a picture written to path; None where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        yield None
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=x, ylabel=y)
-    yield axes
-    axes.legend()
-    figure.savefig(path)
-    print(f"picture: {path}")
 
 
 def open_out(s):
@@ -1029,40 +965,34 @@ def open_out(s):
 
 
 def start(s):
-    """Settings -> Run: device, precision, processes (under torchrun), data, folder. Prints the header."""
-    world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    device = pick_device(f"cuda:{local}" if world > 1 and pick_device(s.device).type == "cuda" else s.device)
-    dtype, why = pick_dtype(s.dtype, device)
+    """Settings -> Run: processes (under torchrun), device, precision, data, folder. Prints the header."""
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(s.device)
     if device.type == "cuda":
+        device = pick_device(f"cuda:{local if world > 1 else device.index or 0}")
         torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
         torch.set_float32_matmul_precision("high")  # TF32
+    run = Run(s, device, *pick_dtype(s.dtype, device), rank, world)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    run = Run(s, device, dtype, why, rank, world, out=None)
-    for turn in (0, 1):  # one process of each machine prepares the data, the others find them ready
-        if (local > 0) == turn:
-            run.data = Data(s, device)
-        if world > 1:
-            dist.barrier()
+        if local > 0:
+            dist.barrier()  # one process of each machine prepares the data, the others then find them ready
+    run.data = Data(s, device)
+    if world > 1 and local == 0:
+        dist.barrier()
     s.vocab_size = run.data.vocab_size
-    unknown = sorted(set(s.prompt) - set(run.data.alphabet)) if run.data.alphabet else []
-    if unknown:
-        raise UserError(f"--prompt has {unknown}, which {run.data.name} does not contain: its {len(run.data.alphabet)} characters "
-                        f"are {''.join(run.data.alphabet)!r}")
-    if rank == 0:
-        run.out = open_out(s)
+    if unknown := sorted(set(s.prompt) - set(run.data.alphabet or s.prompt)):
+        raise UserError(f"--prompt has {unknown}, which {run.data.name} does not contain: its characters are {run.data.alphabet!r}")
+    out = [open_out(s) if rank == 0 else None]
     if world > 1:
-        found = [run.out]
-        dist.broadcast_object_list(found)
-        run.out = found[0]
-    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    print_once(run, f"{SCRIPT} on {run.data.name}: {len(run.data.train):,} tokens for training, {len(run.data.val):,} for validation, "
-               f"vocabulary {s.vocab_size}",
-               f"{device}{gpu}{f' x {world}' if world > 1 else ''}, {str(dtype).removeprefix('torch.')} ({why}), torch {torch.__version__}, "
-               f"{torch.get_num_threads()} threads",
-               f"{s.n_layer} layers, {s.n_head} heads, width {s.n_embd}, context {s.block_size}; {s.max_iters:,} steps of "
-               f"{world * s.grad_accum * s.batch_size * s.block_size:,} tokens with {s.optimizer}; results in {run.out}")
+        dist.broadcast_object_list(out)
+    run.out = out[0]
+    gpu = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else ""
+    run.print(f"{SCRIPT} on {run.data.name}: {len(run.data.train):,} + {len(run.data.val):,} tokens, vocabulary {s.vocab_size}",
+              f"{device}{gpu}, {world} process{'es' * (world > 1)} of {torch.get_num_threads()} threads, "
+              f"{str(run.dtype).removeprefix('torch.')} ({run.why}), torch {torch.__version__}",
+              f"{s.n_layer} layers, {s.n_head} heads, width {s.n_embd}, context {s.block_size}; {s.max_iters:,} steps of "
+              f"{world * s.grad_accum * s.batch_size * s.block_size:,} tokens with {s.optimizer}; results in {run.out}")
     return run
 
 
@@ -1070,48 +1000,44 @@ def work(s):
     """Train and evaluate the arms, print the tables and a sample; returns the content of results.json."""
     run = start(s)
     path = run.out / "results.json"
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True) if shutil.which("git") else None
+    git = shutil.which("git") and subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"],
+                                                 capture_output=True, text=True).stdout.strip()
     results = dict(script=SCRIPT, dataset=run.data.name, device=str(run.device), dtype=str(run.dtype).removeprefix("torch."),
-                   torch=torch.__version__, git=git.stdout.strip() or None if git else None, seed=s.seed,
-                   settings=dataclasses.asdict(s), arms={})
+                   torch=torch.__version__, git=git or None, seed=s.seed, settings=dataclasses.asdict(s), arms={})
     if s.resume or s.eval_only:
         try:
-            results["arms"] = json.loads(path.read_text(encoding="utf-8"))["arms"]
+            results["arms"] = dict(json.loads(path.read_text(encoding="utf-8"))["arms"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a results file of {SCRIPT}.py: move it away, or use another --out_dir")
     elif run.rank == 0:
         write(path, json.dumps(results, indent=1))
+    models = {}
     for arm in ARMS if s.compare else ARMS[:1]:
         torch.manual_seed(key(s.seed, "weights"))
-        model = build(arm, s).to(run.device)
+        models[arm] = model = build(arm, s).to(run.device)
         best = run.out / arm / "best.pt"
         if s.eval_only and not best.exists():
             raise UserError(f"{best} does not exist: train first, without --eval_only")
-        finished = arm in results["arms"]
-        if not finished and not s.eval_only:
+        known = results["arms"].get(arm)
+        if not known and not s.eval_only:
             results["arms"][arm] = train_arm(run, arm, model)
-        if run.rank == 0:
+        if run.rank == 0:  # the best weights, and their evaluation
             model.load_state_dict(read_checkpoint(run, best, arm)["model"])
             model.eval()
-            if not finished or s.eval_only:
-                results["arms"].setdefault(arm, {})["evaluation"] = evaluate_arm(run, arm, model)
+            if not known or s.eval_only:
+                results["arms"][arm] = {**results["arms"].get(arm, {}), "evaluation": evaluate_arm(run, arm, model)}
                 write(path, json.dumps(results, indent=1))
-            if arm == ARMS[0]:
-                first = model
     if run.rank == 0:
         columns = dict(val_loss="val loss", best_val_loss="best", train_loss="train", parameters="parameters", flops_per_token="FLOPs/token",
                        train_seconds="seconds", tokens_per_second="tokens/s", mfu="MFU", peak_memory_bytes="peak bytes")
-        print("\n" + table([["arm", *columns.values()]] + [[arm] + [
-            "-" if value is None else f"{value:.4f}" if "loss" in name or name == "mfu" else f"{value:,.0f}"
-            for name in columns for value in [found.get(name)]] for arm, found in results["arms"].items()]))
+        shown = [[arm, *(found.get(name) for name in columns)] for arm, found in results["arms"].items()]
+        print("\n" + table([["arm", *columns.values()], *shown]))
         report(run, results["arms"])
-        if s.sample_tokens:
-            torch.manual_seed(key(s.seed, "sample"))
-            idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
-            with run.autocast():
-                idx = first.generate(idx, s.sample_tokens, s.temperature, s.top_k)
-            print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
+        torch.manual_seed(key(s.seed, "sample"))
+        idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
+        with run.autocast():
+            idx = models[ARMS[0]].generate(idx, s.sample_tokens, s.temperature, s.top_k)
+        print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
     if run.world > 1:
         dist.destroy_process_group()
     return results

@@ -254,7 +254,7 @@ def run_of(**settings):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     s = nano.Settings(**{**dict(device=device, ssa="off", dataset="shakespeare_char"), **settings})
     torch_device = nano.pick_device(device)
-    run = nano.Run(s, torch_device, *nano.pick_dtype("auto", torch_device), 0, 1, None, nano.Data(s, torch_device))
+    run = nano.Run(s, torch_device, *nano.pick_dtype("auto", torch_device), 0, 1, nano.Data(s, torch_device))
     s.vocab_size = run.data.vocab_size
     return run
 
@@ -292,7 +292,8 @@ def base(args):
             while share[name] < (turn + 1) * run.settings.max_iters // turns:
                 step(share[name])
                 share[name] += 1
-            run.sync()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
             seconds[name] += time.perf_counter() - start
     rows = [["on the whole validation split", "steps", "training seconds", "ratio", "loss"]]
     for name, run, model in (("recipe", recipe, plain), ("tiny", tiny, ours)):

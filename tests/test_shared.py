@@ -135,7 +135,7 @@ def broken(corpus, tmp_path, change):
     (lambda d: (d / "meta.json").write_text("[]"), ["meta.json"]),
     (lambda d: (d / "meta.json").write_text('{"tokenizer": "char", "alphabet": "ab", "vocab_size": 3}'), ["meta.json"]),
     (lambda d: (d / "meta.json").write_text('{"tokenizer": "char", "alphabet": "ab", "vocab_size": 2}'), ["train.bin", "token id"]),
-    (lambda d: ((d / "meta.json").unlink(), (d / "meta.pkl").touch()), ["pickle"]),
+    (lambda d: ((d / "meta.json").unlink(), (d / "meta.pkl").touch()), ["meta.json", "absent"]),
     (lambda d: ((d / "val.bin").write_bytes(bytes(40)), edit(d / "meta.json", val_tokens=20)), ["val.bin", "--block_size"]),
 ])
 def test_bad_data_get_one_line(capsys, corpus, tmp_path, small, change, words):

@@ -270,7 +270,7 @@ def measured(corpus):
     """A lightly trained model and its Run, so that measure() sees probabilities that differ."""
     s = nano.Settings(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, dataset=str(corpus), draws=4, ensemble_tokens=512)
     s.vocab_size = nano.Data(s, torch.device("cpu")).vocab_size
-    run = nano.Run(s, torch.device("cpu"), torch.float32, "", 0, 1, None, nano.Data(s, torch.device("cpu")))
+    run = nano.Run(s, torch.device("cpu"), torch.float32, "", 0, 1, nano.Data(s, torch.device("cpu")))
     torch.manual_seed(0)
     model = nano.GPT(s)
     for p in model.parameters():
