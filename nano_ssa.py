@@ -112,7 +112,7 @@ class Settings:
     # the technique
     ssa: str = flag("local", "which pathways are sampled in training: mostly near ones, any, or none (dense)",
                     choices=("local", "unbiased", "off"))
-    reduction: int = flag(4, "r: each query sees about T/r sources", least=1)
+    reduction: int = flag(4, "r: each query has T/r scores computed instead of T", least=1)
     sigma: float = flag(0.5, "spread of the local shuffle, in windows of T/r", least=0.0)
     keep_self: bool = flag(True, "every query sees itself, whatever was drawn")
     finetune: float = flag(0.15, "last share of the steps, trained with dense attention", least=0.0, most=1.0)
@@ -147,7 +147,7 @@ class Settings:
     # training
     batch_size: int = flag(32, "sequences in a micro-batch of one process", least=1)
     grad_accum: int = flag(1, "micro-batches of one process in a step", least=1)
-    max_iters: int = flag(1000, "training steps", least=0)
+    max_iters: int = flag(500, "training steps", least=0)
     optimizer: str = flag("muon", "muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all",
                           choices=("muon", "adamw"))
     learning_rate: float = flag(3e-3, "peak learning rate of AdamW", least=0.0)
@@ -171,6 +171,8 @@ class Settings:
                 raise UserError(f"--{f.name} must be at most {rule['most']}, not {value}")
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}: every head needs the same width")
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: the rate only falls")
         self.check()
     # ==== end shared
 
@@ -217,9 +219,25 @@ def parse(argv=None):
         near = difflib.get_close_matches(name, [f"--{f.name}" for f in fields], n=1, cutoff=0.5)
         parser.error(f"there is no flag {name}" + (f" (did you mean {near[0]}?)" if near else ""))
     given = vars(given)
+    if given.get("resume") or given.get("eval_only"):  # the settings of the run that goes on are the defaults
+        earlier = (earlier_run(out_folder(given.get("out_dir", "auto"))) or {}).get("settings", {})
+        given = {**{f.name: earlier[f.name] for f in fields if f.name in earlier and not f.metadata["free"]}, **given}
     if given.get("size", "auto") == "auto":
         given["size"] = "tiny" if pick_device(given.get("device", "auto")).type == "cpu" else "char"
     return Settings(**{**SIZES.get(given["size"], {}), **given})
+
+
+def out_folder(name):
+    return Path(f"out/{SCRIPT.removeprefix('nano_')}" if name == "auto" else name).resolve()
+
+
+def earlier_run(out):
+    """results.json of the run in a folder, or None where there is none of this project's."""
+    try:
+        found = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return found if found["script"].startswith("nano_") and isinstance(found["arms"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def pick_device(name):
@@ -573,6 +591,7 @@ class Run:
     world: int
     data: Data = None
     out: Path = None
+    lock: object = None
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -636,12 +655,14 @@ def write(path, content):
     except (OSError, RuntimeError) as e:  # RuntimeError is torch.save's word for a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]})") from e
+        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}): free some space or choose another --out_dir, "
+                        "then go on with --resume") from e
 
 
-def snapshot(run, arm, model, **more):
+def snapshot(run, arm, model, step, **more):
     """What a checkpoint holds: tensors, numbers and strings only, so that torch.load(weights_only=True) reads it."""
-    return dict(script=SCRIPT, arm=arm, settings=dataclasses.asdict(run.settings), model=model.state_dict(), **more)
+    return dict(script=SCRIPT, arm=arm, step=step, settings=dataclasses.asdict(run.settings), world=run.world,
+                model=model.state_dict(), **more)
 
 
 def read_checkpoint(run, path, arm):
@@ -649,14 +670,14 @@ def read_checkpoint(run, path, arm):
     try:
         saved = torch.load(path, map_location=run.device, weights_only=True)
         script, settings = (saved["script"], saved["arm"]), saved["settings"]
-    except OSError:
+    except (OSError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # a file that is no checkpoint can make torch.load raise almost anything
         raise UserError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(e).__name__}): move it away, or use another --out_dir")
     if script != (SCRIPT, arm):
         raise UserError(f"{path} belongs to {' '.join(map(str, script))}, not to {SCRIPT} {arm}: use another --out_dir")
-    other = [f"--{f.name} {settings.get(f.name)}" for f in dataclasses.fields(Settings)
-             if not f.metadata["free"] and settings.get(f.name) != getattr(run.settings, f.name)]
+    other = [f"--{f.name} {({True: 'on', False: 'off'} if f.type is bool else {}).get(v := settings.get(f.name), v)}"
+             for f in dataclasses.fields(Settings) if not f.metadata["free"] and settings.get(f.name) != getattr(run.settings, f.name)]
     if other:
         raise UserError(f"{path} was trained with {' '.join(other)}: repeat these flags, or use another --out_dir")
     return saved
@@ -676,6 +697,8 @@ def compiled(run, model, extra):
                 loss = fast(x, y, **extra(step, 0))[1]
             loss.backward()
         run.print(f"compiled in {time.perf_counter() - start:.0f} s")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # the chain of compilers may raise anything; training goes on without it, and says so
         run.print(f"torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0][:120]}): training goes on uncompiled")
         fast = model
@@ -683,10 +706,11 @@ def compiled(run, model, extra):
     return fast
 
 
-def train(run, arm, model, extra=lambda step, turn: {}):
+def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
     """Train model for max_iters steps, or go on from out/arm/ckpt.pt; returns what results.json says of the training.
 
     extra(step, turn): further inputs of the model's forward in that step, such as a draw of the technique.
+    keep: {step: name of a file in out/arm for the weights before that step}.
     Writes into out/arm: ckpt.pt at step 0 and after every evaluation (all that a resumed run needs), best.pt (the
     weights with the lowest validation loss), log.jsonl (a line for every evaluation).
     """
@@ -700,8 +724,12 @@ def train(run, arm, model, extra=lambda step, turn: {}):
         model.load_state_dict(saved["model"])
         for o, state in zip(optimizers, saved["optimizers"], strict=True):
             o.load_state_dict(state)
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
         now = saved["now"]
+        if saved["world"] != run.world:
+            raise UserError(f"{folder / 'ckpt.pt'} was trained by {saved['world']} processes, not {run.world}: go on with as many")
+        del saved
     groups = [group for o in optimizers for group in o.param_groups]
     fast = compiled(run, model, extra)
     if run.world > 1:
@@ -710,80 +738,91 @@ def train(run, arm, model, extra=lambda step, turn: {}):
     loss_sum = torch.tensor(now["loss_sum"], device=run.device)  # since the last evaluation
     nonfinite = torch.tensor(-1, device=run.device)  # the first step whose loss was not finite
 
+    advice = f"{folder / 'ckpt.pt'} is from before it; start again with a lower --learning_rate and --muon_lr, or with --dtype float32"
+
     def look():  # waits for the device, so only where a number is shown or saved
         if nonfinite.item() >= 0:
-            raise UserError(f"the loss of step {nonfinite.item()} is not finite: {folder / 'ckpt.pt'} is from before it; lower "
-                            "--learning_rate and --muon_lr, or use --dtype float32")
+            raise UserError(f"the loss of step {nonfinite.item()} is not finite: {advice}")
         now["loss_sum"] = loss_sum.item()
         return time.perf_counter()
 
-    stop = []  # Ctrl-C: save, then end; a second one ends at once, as it does where several processes would have to agree
-    if run.world == 1:
-        signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    tokens = run.world * s.grad_accum * s.batch_size * s.block_size  # in a step
-    bar = tqdm(total=s.max_iters, initial=now["step"], desc=arm, unit="step", disable=run.rank > 0, dynamic_ncols=True, mininterval=1)
-    clock = shown = look()
-    while True:
-        step = now["step"]
-        due = (step % s.eval_interval == 0 or step == s.max_iters) and not resumed
-        if due or stop:
-            now["train_seconds"] += look() - clock
-            if due:
-                now["val_loss"] = evaluate(run, model, tokens=s.eval_tokens)
-                line = dict(step=step, val_loss=now["val_loss"], train_loss=now["loss_sum"] / max(1, now["loss_steps"]),
-                            train_seconds=round(now["train_seconds"], 3))
-                if inputs := extra(step, 0):
-                    line["val_loss_as_trained"] = evaluate(run, model, tokens=s.eval_tokens, **inputs)
-                now["log"].append(line)
-                now["loss_sum"], now["loss_steps"] = 0.0, 0
-                loss_sum.zero_()
-            better = now["val_loss"] < now["best_val_loss"]
-            if better:
-                now["best_val_loss"], now["best_step"] = now["val_loss"], step
-            if run.rank == 0:
-                if better:
-                    write(folder / "best.pt", snapshot(run, arm, model))
-                write(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in now["log"]))
-                write(folder / "ckpt.pt", snapshot(run, arm, model, now=now, scaler=scaler.state_dict(),
-                                                   optimizers=[o.state_dict() for o in optimizers]))
-            if stop:
-                raise KeyboardInterrupt(f"stopped after step {step}, saved in {folder}: go on with --resume")
-            clock = time.perf_counter()
-        resumed = False
-        if step == s.max_iters:
-            break
+    def ask(*_):  # Ctrl-C: save, then end; a second one ends at once
+        stop.append(True)
+        signal.signal(signal.SIGINT, before)
 
-        for group in groups:
-            group["lr"] = group["peak_lr"] * lr_factor(s, step)
-        for micro in range(s.grad_accum):
-            turn = run.rank * s.grad_accum + micro
-            x, y = run.data.batch(step, turn)
-            inputs = extra(step, turn)
-            torch.manual_seed(key(s.seed, "dropout", step, turn))
-            with contextlib.nullcontext() if run.world == 1 or micro == s.grad_accum - 1 else fast.no_sync():
-                with run.autocast():
-                    loss = fast(x, y, **inputs)[1]
-                scaler.scale(loss / s.grad_accum).backward()
-            loss_sum += loss.detach() / s.grad_accum
-            nonfinite = torch.where((nonfinite < 0) & ~loss.detach().isfinite(), step, nonfinite)
-        for o in optimizers:
-            scaler.unscale_(o)
-        if s.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-        for o in optimizers:
-            scaler.step(o)
-        scaler.update()
-        model.zero_grad(set_to_none=True)
-        now["step"] += 1
-        now["loss_steps"] += 1
-        bar.update()
-        if run.rank == 0 and time.perf_counter() - shown > 1:
-            shown = look()
-            speed = tokens * now["step"] / (now["train_seconds"] + shown - clock)
-            bar.set_postfix_str(f"loss {now['loss_sum'] / now['loss_steps']:.3f}, val {now['val_loss']:.3f}, {speed / 1e3:.1f}k tokens/s", refresh=False)
-    bar.close()
-    if run.world == 1:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop, before = [], signal.getsignal(signal.SIGINT)
+    if run.world == 1:  # several processes would have to agree on the step; they go on from the last evaluation
+        signal.signal(signal.SIGINT, ask)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    tokens = run.world * s.grad_accum * s.batch_size * s.block_size  # in a step
+    with contextlib.ExitStack() as ending:
+        ending.callback(signal.signal, signal.SIGINT, before)
+        bar = ending.enter_context(tqdm(total=s.max_iters, initial=now["step"], desc=arm, unit="step", disable=run.rank > 0,
+                                        dynamic_ncols=True, mininterval=1))
+        clock = shown = look()
+        while True:
+            step = now["step"]
+            if step in keep and run.rank == 0:
+                write(folder / keep[step], snapshot(run, arm, model, step))
+            due = (step % s.eval_interval == 0 or step == s.max_iters) and not resumed
+            if due or stop:
+                now["train_seconds"] += look() - clock
+                if due:
+                    now["val_loss"] = evaluate(run, model, tokens=s.eval_tokens)
+                    line = dict(step=step, val_loss=now["val_loss"], train_loss=now["loss_sum"] / now["loss_steps"] if now["loss_steps"] else None,
+                                train_seconds=round(now["train_seconds"], 3))
+                    if inputs := extra(step, 0):
+                        line["val_loss_as_trained"] = evaluate(run, model, tokens=s.eval_tokens, **inputs)
+                    if not math.isfinite(now["val_loss"]):
+                        raise UserError(f"the validation loss after step {step} is not finite: {advice}")
+                    now["log"].append(line)
+                    now["loss_sum"], now["loss_steps"] = 0.0, 0
+                    loss_sum.zero_()
+                better = now["val_loss"] < now["best_val_loss"]
+                if better:
+                    now["best_val_loss"], now["best_step"] = now["val_loss"], step
+                if run.rank == 0:
+                    if better:
+                        write(folder / "best.pt", snapshot(run, arm, model, step))
+                    write(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in now["log"]))
+                    write(folder / "ckpt.pt", snapshot(run, arm, model, step, now=now, scaler=scaler.state_dict(),
+                                                       optimizers=[o.state_dict() for o in optimizers]))
+                if stop:
+                    raise KeyboardInterrupt(f"stopped after step {step}, saved in {folder}: go on with --resume")
+                clock = time.perf_counter()
+            resumed = False
+            if step == s.max_iters:
+                break
+
+            for group in groups:
+                group["lr"] = group["peak_lr"] * lr_factor(s, step)
+            for micro in range(s.grad_accum):
+                turn = run.rank * s.grad_accum + micro
+                x, y = run.data.batch(step, turn)
+                inputs = extra(step, turn)
+                torch.manual_seed(key(s.seed, "dropout", step, turn))
+                with contextlib.nullcontext() if run.world == 1 or micro == s.grad_accum - 1 else fast.no_sync():
+                    with run.autocast():
+                        loss = fast(x, y, **inputs)[1]
+                    scaler.scale(loss / s.grad_accum).backward()
+                loss_sum += loss.detach() / s.grad_accum
+                nonfinite = torch.where((nonfinite < 0) & ~loss.detach().isfinite(), step, nonfinite)
+            for o in optimizers:
+                scaler.unscale_(o)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+            if not scaler.is_enabled() or norm.isfinite():  # float16 may overflow: no optimizer takes such a step
+                for o in optimizers:
+                    scaler.step(o)
+            scaler.update()
+            model.zero_grad(set_to_none=True)
+            now["step"] += 1
+            now["loss_steps"] += 1
+            bar.update()
+            if run.rank == 0 and time.perf_counter() - shown > 1:
+                shown = look()
+                speed = tokens * now["step"] / (now["train_seconds"] + shown - clock)
+                bar.set_postfix_str(f"loss {now['loss_sum'] / now['loss_steps']:.3f}, val {now['val_loss']:.3f}, {speed / 1e3:.1f}k tokens/s", refresh=False)
 
     speed = tokens * now["step"] / max(now["train_seconds"], 1e-9)
     parameters = sum(p.numel() for p in model.parameters())
@@ -829,19 +868,21 @@ def finetune_from(s):
     return s.max_iters - round(s.finetune * s.max_iters)
 
 
+def load_data(s, device):
+    return Data(s, device)
+
+
 def train_arm(run, arm, model):
     s = run.settings
     if arm == "dense" or s.ssa == "off":
         return train(run, arm, model)
 
     def extra(step, turn):
-        if step == finetune_from(s) and turn == 0:
-            write(run.out / arm / "before_finetune.pt", snapshot(run, arm, model))
         if step >= finetune_from(s):
             return {}
         return dict(paths=to_device(draw_paths(s, s.block_size, step, turn), run.device))
 
-    return train(run, arm, model, extra)
+    return train(run, arm, model, extra, keep={finetune_from(s): "before_finetune.pt"})
 
 
 @torch.no_grad()
@@ -857,21 +898,24 @@ def measure(run, model):
     s = run.settings
     starts = run.data.windows("val", s.eval_tokens)
     most = max(1, s.ensemble_tokens // s.block_size) if s.ensemble_tokens else len(starts)
-    fit, reported = starts[:len(starts) // 2][:most], starts[len(starts) // 2:][:most]
+    fit, reported = starts[:(len(starts) + 1) // 2][:most], starts[len(starts) // 2:][:most]
     model.eval()
 
     def batches(starts):
-        for at in range(0, len(starts), s.batch_size):
-            yield run.data.rows("val", starts[at:at + s.batch_size])
+        rows = max(1, min(s.batch_size, 2**26 // (s.block_size * s.vocab_size)))  # logits of 256 MB: several live at once
+        for at in range(0, len(starts), rows):
+            yield run.data.rows("val", starts[at:at + rows])
 
     def logits(x, paths=None):
         with run.autocast():
             return model(x, paths=paths)[0].flatten(0, 1).float()                                # (B T, vocab)
 
-    heats = 2.0 ** np.linspace(-1, 1, 41)
-    fits = sum(np.array([F.cross_entropy(z / heat, y.flatten(), reduction="sum").item() for heat in heats])
-               for x, y in batches(fit) for z in [logits(x)]) if len(fit) else -np.ones_like(heats)
-    heat = float(heats[fits.argmin()]) if len(fit) else 1.0
+    heats = 2 ** torch.linspace(-1, 1, 41)
+    losses = torch.zeros(len(heats), device=run.device)
+    for x, y in batches(fit):
+        z = logits(x)
+        losses += torch.stack([F.cross_entropy(z / heat, y.flatten(), reduction="sum") for heat in heats.tolist()])
+    heat = heats[losses.argmin().item()].item()
 
     sizes = sorted({2 ** i for i in range(s.draws.bit_length())} | {s.draws}) if s.ssa != "off" else []
     paths = [to_device(draw_paths(s, s.block_size, "draw", k), run.device) for k in range(s.draws)] if sizes else []
@@ -903,36 +947,44 @@ def measure(run, model):
 
 
 def evaluate_arm(run, arm, model):
-    """The evaluation of an arm's best weights and, for the technique, of its weights just before the fine-tuning."""
-    result = measure(run, model)
-    path = run.out / arm / "before_finetune.pt"
-    if path.exists():
-        before = build(arm, run.settings).to(run.device)
-        before.load_state_dict(read_checkpoint(run, path, arm)["model"])
-        result["before_finetune"] = measure(run, before)
-    return result
+    """The evaluation of an arm's best weights and, beside it, of the last ones where these are others, and of the
+    technique's just before its fine-tuning. Leaves the best weights in the model."""
+    saved = {file: read_checkpoint(run, run.out / arm / file, arm) for file in ("before_finetune.pt", "ckpt.pt", "best.pt")
+             if (run.out / arm / file).exists()}
+    found = {}
+    for file, checkpoint in saved.items():
+        if file != "ckpt.pt" or checkpoint["step"] != saved["best.pt"]["step"]:
+            model.load_state_dict(checkpoint["model"])
+            found[file] = dict(step=checkpoint["step"], **measure(run, model))
+    names = {"before_finetune.pt": "before_finetune", "ckpt.pt": "last"}
+    return {**found["best.pt"], **{names[file]: e for file, e in found.items() if file in names}}
 
 
-def report(run, arms):
-    """The technique's table."""
-    found = {"SSA": arms["technique"]["evaluation"]}
-    if "before_finetune" in found["SSA"]:
-        found = {"SSA before fine-tuning": found["SSA"]["before_finetune"], "SSA": found["SSA"]}
-    if "dense" in arms:
-        found["dense twin"] = arms["dense"]["evaluation"]
+def report(run, arms, model):
+    """The technique's table and a sample. arms: as in results.json; model: the technique, with its best weights."""
+    found = {}
+    for arm, name in ("technique", "SSA"), ("dense", "dense twin"):
+        if arm in arms:
+            e = arms[arm]["evaluation"]
+            columns = ("before fine-tuning", e.get("before_finetune")), ("last", e.get("last")), ("best", e)
+            found.update({f"{name}, {when} (step {column['step']})": column for when, column in columns if column})
+
+    def get(e, path):
+        for part in path.split("."):
+            e = (e or {}).get(part)
+        return e
+
+    sizes = sorted({int(k) for e in found.values() for k in e.get("ensemble", {}) if k != "1"})
     rows = [["loss (top-1)", *found]]
-
-    def row(name, value, top1):
-        rows.append([name, *(f"{value(e):.4f} ({100 * top1(e):.1f}%)" for e in found.values())])
-
-    row("dense mode", lambda e: e["val_loss_dense_mode"], lambda e: e["top1_dense_mode"])
-    row("dense mode, best temperature", lambda e: e["val_loss_temperature"], lambda e: e["top1_dense_mode"])
-    sizes = list(found["SSA"].get("ensemble", {}))
-    if sizes:
-        row("one draw", lambda e: e["val_loss_single_draw"], lambda e: e["top1_single_draw"])
-    for k in sizes[1:]:
-        row(f"ensemble of {k}", lambda e: e["ensemble"][k], lambda e: e["ensemble_top1"][k])
-    print(f"\nAttention modes, on {found['SSA']['tokens']:,} tokens of the validation split's second half:", table(rows), sep="\n")
+    for name, loss, top1 in [("dense mode", "val_loss_dense_mode", "top1_dense_mode"),
+                             ("dense mode, best temperature", "val_loss_temperature", "top1_dense_mode"),
+                             ("one draw", "val_loss_single_draw", "top1_single_draw"),
+                             *((f"ensemble of {k}", f"ensemble.{k}", f"ensemble_top1.{k}") for k in sizes)]:
+        if any(get(e, loss) for e in found.values()):
+            rows.append([name, *(get(e, loss) and f"{get(e, loss):.4f} ({100 * get(e, top1):.1f}%)" for e in found.values())])
+    tokens = arms["technique"]["evaluation"]["tokens"]
+    print(f"\nAttention modes, on {tokens:,} tokens of the validation split's second half:", table(rows), sep="\n")
+    sample(run, model)
 
 
 # ==== shared: main
@@ -949,19 +1001,37 @@ def table(rows):
 
 
 def open_out(s):
-    """The folder for what the run writes. An older run there is moved aside, what is no run is left alone."""
-    out = Path(f"out/{SCRIPT.removeprefix('nano_')}" if s.out_dir == "auto" else s.out_dir)
-    ours = (out / "results.json").exists()
+    """The folder for what the run writes, and its lock. An older run is moved aside, what is no run is left alone."""
+    out = out_folder(s.out_dir)
+    earlier = earlier_run(out)
     if s.resume or s.eval_only:
-        if not ours:
-            raise UserError(f"there is no run in {out}: leave --resume and --eval_only out, or name its folder with --out_dir")
-    elif ours:
+        if not earlier:
+            raise UserError(f"there is no run in {out} (no results.json of these scripts): leave --resume and --eval_only out, or name its folder with --out_dir")
+    elif earlier:
+        lock(out).close()
         aside = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
         out.rename(aside)
         print(f"moved the earlier run aside, to {aside}")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and set(os.listdir(out)) - {"lock"}:
         raise UserError(f"{out} holds files that are no run of these scripts: use another --out_dir")
-    return out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return out, lock(out)
+    except OSError as e:
+        raise UserError(f"{out} cannot be written ({e.strerror}): use another --out_dir")
+
+
+def lock(out):
+    """An open file that no live process but this one can lock, so that two runs never write to one folder."""
+    held = open(out / "lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ModuleNotFoundError:  # Windows
+        pass
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {out}: wait for it, or use another --out_dir")
+    return held
 
 
 def start(s):
@@ -977,16 +1047,18 @@ def start(s):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if local > 0:
             dist.barrier()  # one process of each machine prepares the data, the others then find them ready
-    run.data = Data(s, device)
+    run.data = load_data(s, device)
     if world > 1 and local == 0:
         dist.barrier()
-    s.vocab_size = run.data.vocab_size
+    s.dataset, s.vocab_size = run.data.name, run.data.vocab_size
     if unknown := sorted(set(s.prompt) - set(run.data.alphabet or s.prompt)):
         raise UserError(f"--prompt has {unknown}, which {run.data.name} does not contain: its characters are {run.data.alphabet!r}")
-    out = [open_out(s) if rank == 0 else None]
+    if not s.prompt:
+        raise UserError("--prompt is empty: give the sample at least one character to go on from")
+    run.out, run.lock = open_out(s) if rank == 0 else (None, None)
     if world > 1:
-        dist.broadcast_object_list(out)
-    run.out = out[0]
+        dist.broadcast_object_list(out := [run.out])
+        run.out = out[0]
     gpu = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else ""
     run.print(f"{SCRIPT} on {run.data.name}: {len(run.data.train):,} + {len(run.data.val):,} tokens, vocabulary {s.vocab_size}",
               f"{device}{gpu}, {world} process{'es' * (world > 1)} of {torch.get_num_threads()} threads, "
@@ -1002,45 +1074,46 @@ def work(s):
     path = run.out / "results.json"
     git = shutil.which("git") and subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"],
                                                  capture_output=True, text=True).stdout.strip()
-    results = dict(script=SCRIPT, dataset=run.data.name, device=str(run.device), dtype=str(run.dtype).removeprefix("torch."),
-                   torch=torch.__version__, git=git or None, seed=s.seed, settings=dataclasses.asdict(s), arms={})
-    if s.resume or s.eval_only:
-        try:
-            results["arms"] = dict(json.loads(path.read_text(encoding="utf-8"))["arms"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a results file of {SCRIPT}.py: move it away, or use another --out_dir")
-    elif run.rank == 0:
+    results = (s.resume or s.eval_only) and earlier_run(run.out) or dict(
+        script=SCRIPT, dataset=run.data.name, device=str(run.device), dtype=str(run.dtype).removeprefix("torch."),
+        torch=torch.__version__, git=git or None, seed=s.seed, settings=dataclasses.asdict(s), arms={})
+    if run.rank == 0:
         write(path, json.dumps(results, indent=1))
-    models = {}
+    first = None
     for arm in ARMS if s.compare else ARMS[:1]:
         torch.manual_seed(key(s.seed, "weights"))
-        models[arm] = model = build(arm, s).to(run.device)
+        model = build(arm, s).to(run.device)
         best = run.out / arm / "best.pt"
         if s.eval_only and not best.exists():
             raise UserError(f"{best} does not exist: train first, without --eval_only")
-        known = results["arms"].get(arm)
-        if not known and not s.eval_only:
+        trained = "val_loss" in results["arms"].get(arm, {})
+        if not trained and not s.eval_only:
             results["arms"][arm] = train_arm(run, arm, model)
         if run.rank == 0:  # the best weights, and their evaluation
             model.load_state_dict(read_checkpoint(run, best, arm)["model"])
-            model.eval()
-            if not known or s.eval_only:
+            if not trained or s.eval_only:
                 results["arms"][arm] = {**results["arms"].get(arm, {}), "evaluation": evaluate_arm(run, arm, model)}
                 write(path, json.dumps(results, indent=1))
+        first = first or model.cpu()
     if run.rank == 0:
         columns = dict(val_loss="val loss", best_val_loss="best", train_loss="train", parameters="parameters", flops_per_token="FLOPs/token",
                        train_seconds="seconds", tokens_per_second="tokens/s", mfu="MFU", peak_memory_bytes="peak bytes")
         shown = [[arm, *(found.get(name) for name in columns)] for arm, found in results["arms"].items()]
         print("\n" + table([["arm", *columns.values()], *shown]))
-        report(run, results["arms"])
-        torch.manual_seed(key(s.seed, "sample"))
-        idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
-        with run.autocast():
-            idx = models[ARMS[0]].generate(idx, s.sample_tokens, s.temperature, s.top_k)
-        print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
+        report(run, results["arms"], first.to(run.device).eval())
     if run.world > 1:
         dist.destroy_process_group()
     return results
+
+
+def sample(run, model):
+    """Print text that goes on from --prompt."""
+    s = run.settings
+    torch.manual_seed(key(s.seed, "sample"))
+    idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
+    with run.autocast():
+        idx = model.generate(idx, s.sample_tokens, s.temperature, s.top_k)
+    print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
 
 
 def main(argv=None):
@@ -1050,11 +1123,11 @@ def main(argv=None):
     except UserError as e:
         message = str(e)
     except OSError as e:
-        message = f"{e}: free some space or choose another --out_dir, then go on with --resume"
+        message = str(e)
     except torch.OutOfMemoryError:
         message = "the device has too little memory: use a smaller --batch_size and a larger --grad_accum"
     except KeyboardInterrupt as e:
-        message = str(e) or "stopped; --resume goes on from the last evaluation"
+        message = str(e) or "stopped"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
 

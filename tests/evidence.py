@@ -26,7 +26,7 @@ ROWS = {
     "nano_ssa": [
         *COMMON,
         *((f"{when}: {name}", f"evaluation.{where}{key}")
-          for when, where in (("before fine-tuning", "before_finetune."), ("best weights", ""))
+          for when, where in (("before fine-tuning", "before_finetune."), ("last weights", "last."), ("best weights", ""))
           for name, key in (("dense mode", "val_loss_dense_mode"), ("dense mode, best temperature", "val_loss_temperature"),
                             ("one draw", "val_loss_single_draw"), ("ensemble of 2", "ensemble.2"), ("ensemble of 4", "ensemble.4"),
                             ("ensemble of 8", "ensemble.8"), ("ensemble of 16", "ensemble.16"),
@@ -36,9 +36,12 @@ ROWS = {
 
 
 def value(arm, key):
+    found = arm
     for part in key.split("."):
-        arm = arm.get(part) if isinstance(arm, dict) else None
-    return arm
+        found = found.get(part) if isinstance(found, dict) else None
+    if found is None and ".last." in key:  # the last weights are the best ones
+        return value(arm, key.replace(".last.", "."))
+    return found
 
 
 def part_of(folder, share):
@@ -74,8 +77,8 @@ def main():
     parser.add_argument("--dataset", default="shakespeare_char")
     parser.add_argument("--share", type=float, default=1.0, help="of the training split that is used")
     parser.add_argument("--name", default="", help="tells the runs of one set of flags from those of another")
-    parser.add_argument("flags", nargs="*")
-    args = parser.parse_args()
+    own, flags = (sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]) if "--" in sys.argv else (sys.argv[1:], [])
+    args = parser.parse_args(own)
     import importlib
     folder = importlib.import_module(args.script).find_data(args.dataset)
     if args.share < 1:
@@ -84,7 +87,7 @@ def main():
     for seed in args.seeds:
         out = Path("out") / "evidence" / f"{args.script}-{folder.name}{args.name and '-' + args.name}-{seed}"
         command = [sys.executable, str(ROOT / f"{args.script}.py"), "--compare", "--dataset", str(folder), "--seed", str(seed),
-                   "--out_dir", str(out), *args.flags, *(["--resume"] if (out / "results.json").exists() else [])]
+                   "--out_dir", str(out), *flags, *(["--resume"] if (out / "results.json").exists() else [])]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         results.append(json.loads((out / "results.json").read_text(encoding="utf-8")))
     first = results[0]
