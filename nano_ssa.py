@@ -185,9 +185,9 @@ class Settings:
 # ==== shared: command line
 SIZES = {  # a preset replaces these defaults of Settings; flags on the command line replace both
     "tiny": dict(),
-    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_iters=5000,
+    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_iters=5000, muon_lr=2e-2,
                  warmup_iters=100),
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, grad_accum=32, max_iters=20000,
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, grad_accum=32, max_iters=20000, muon_lr=2e-2,
                  learning_rate=1e-3, warmup_iters=500, eval_interval=500, eval_tokens=2**20, dataset="openwebtext"),
 }
 
@@ -1050,7 +1050,8 @@ def start(s):
     run.data = load_data(s, device)
     if world > 1 and local == 0:
         dist.barrier()
-    s.dataset, s.vocab_size = run.data.name, run.data.vocab_size
+    s.dataset = run.data.name if run.data.folder.parent == DATA else str(run.data.folder.resolve())  # what auto came to
+    s.vocab_size = run.data.vocab_size
     if unknown := sorted(set(s.prompt) - set(run.data.alphabet or s.prompt)):
         raise UserError(f"--prompt has {unknown}, which {run.data.name} does not contain: its characters are {run.data.alphabet!r}")
     if not s.prompt:

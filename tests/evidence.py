@@ -22,16 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 # what a script's table shows: name of the row, key in an arm of results.json (dots go into nested objects)
 COMMON = [("validation loss, last", "val_loss"), ("validation loss, best", "best_val_loss"), ("training loss, last", "train_loss")]
+MODES = [("dense mode", "val_loss_dense_mode"), ("dense mode, best temperature", "val_loss_temperature"), ("one draw", "val_loss_single_draw"),
+         *((f"ensemble of {k}", f"ensemble.{k}") for k in (2, 4, 8, 16)),
+         ("top-1, dense mode", "top1_dense_mode"), ("top-1, ensemble of 16", "ensemble_top1.16")]
 ROWS = {
-    "nano_ssa": [
-        *COMMON,
-        *((f"{when}: {name}", f"evaluation.{where}{key}")
-          for when, where in (("before fine-tuning", "before_finetune."), ("last weights", "last."), ("best weights", ""))
-          for name, key in (("dense mode", "val_loss_dense_mode"), ("dense mode, best temperature", "val_loss_temperature"),
-                            ("one draw", "val_loss_single_draw"), ("ensemble of 2", "ensemble.2"), ("ensemble of 4", "ensemble.4"),
-                            ("ensemble of 8", "ensemble.8"), ("ensemble of 16", "ensemble.16"),
-                            ("top-1, dense mode", "top1_dense_mode"), ("top-1, ensemble of 16", "ensemble_top1.16"))),
-    ],
+    "nano_ssa": [*COMMON, *((f"{when}: {name}", f"evaluation.{where}{key}") for name, key in MODES for when, where in
+                            (("before fine-tuning", "before_finetune."), ("last weights", "last."), ("best weights", "")))],
 }
 
 

@@ -184,6 +184,21 @@ def test_a_large_corpus_stays_on_disk_and_gives_the_same_batches(corpus, tmp_pat
         disk.batch(5, 0)
 
 
+def test_without_network_the_standard_library_is_the_corpus(tmp_path):
+    """A clean clone, no prepared data, a proxy that refuses. Somebody who asks for Shakespeare gets an error instead."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "nano_ssa.py", tmp_path)
+    shutil.copy(ROOT / "data" / "prepare.py", tmp_path / "data")
+    env = {**os.environ, "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    run = lambda *argv: subprocess.run([sys.executable, "nano_ssa.py", *SMALL, "--max_iters", "2", *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+    with_default, asked = run(), run("--dataset", "shakespeare_char", "--out_dir", "other")
+    assert with_default.returncode == 0, with_default.stderr
+    assert "Shakespeare is not to be had here" in with_default.stdout and "nano_ssa on stdlib" in with_default.stdout
+    assert json.loads((tmp_path / "out" / "ssa" / "results.json").read_text())["dataset"] == "stdlib"
+    assert asked.returncode == 1 and "error: " in asked.stderr and "Traceback" not in asked.stderr
+    assert not (tmp_path / "other").exists() and not (tmp_path / "data" / "shakespeare_char").exists()
+
+
 # the model
 
 def test_parameters_are_those_of_gpt2():
@@ -206,6 +221,15 @@ def test_logits_are_those_of_transformers():
     ours.load_state_dict(state)
     idx = torch.randint(65, (3, 32))
     torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_initial_weights_are_those_of_gpt2():
+    torch.manual_seed(0)
+    model = nano.GPT(nano.Settings(n_layer=8, bias=True))
+    for name, p in model.named_parameters():
+        expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02 if p.ndim == 2 else 0
+        assert p.std().item() == pytest.approx(expected, rel=0.05), name
+    assert nano.layer_norm(nano.Settings()).eps == 1e-5 and (model.ln_f.weight == 1).all()
 
 
 def test_states_end_in_the_logits_and_generation_goes_beyond_the_context(corpus):
@@ -343,6 +367,8 @@ def test_bad_checkpoints_get_one_line(capsys, small, tmp_path):
     (out / "technique" / "ckpt.pt").write_bytes(good)
     refused(capsys, [*small, "--resume", "--max_iters", "2", "--n_layer", "3"], "--n_layer 2")
     saved = torch.load(out / "technique" / "ckpt.pt", weights_only=True)
+    torch.save({**saved, "world": 2}, out / "technique" / "ckpt.pt")
+    refused(capsys, [*small, "--resume", "--max_iters", "2"], "2 processes")
     torch.save({**saved, "script": "nano_other"}, out / "technique" / "ckpt.pt")
     refused(capsys, [*small, "--resume", "--max_iters", "2"], "nano_other")
 
