@@ -147,7 +147,7 @@ class Settings:
     # training
     batch_size: int = flag(32, "sequences in a micro-batch of one process", least=1)
     grad_accum: int = flag(1, "micro-batches of one process in a step", least=1)
-    max_iters: int = flag(500, "training steps", least=0)
+    max_iters: int = flag(600, "training steps", least=0)
     optimizer: str = flag("muon", "muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all",
                           choices=("muon", "adamw"))
     learning_rate: float = flag(3e-3, "peak learning rate of AdamW", least=0.0)
@@ -156,7 +156,7 @@ class Settings:
     warmup_iters: int = flag(50, "steps of linear warm-up", least=0)
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", least=0.0)
     grad_clip: float = flag(1.0, "largest norm of the gradient (0: no limit)", least=0.0)
-    eval_interval: int = flag(250, "steps between evaluations, each followed by a checkpoint", least=1)
+    eval_interval: int = flag(300, "steps between evaluations, each followed by a checkpoint", least=1)
     eval_tokens: int = flag(0, "tokens of the validation split to use (0: all of it)", least=0)
     vocab_size: int = flag(65, None)  # no flag: the data decide
 
@@ -185,7 +185,7 @@ class Settings:
 # ==== shared: command line
 SIZES = {  # a preset replaces these defaults of Settings; flags on the command line replace both
     "tiny": dict(),
-    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_iters=5000, muon_lr=2e-2,
+    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_iters=5000, eval_interval=250, muon_lr=2e-2,
                  warmup_iters=100),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, grad_accum=32, max_iters=20000, muon_lr=2e-2,
                  learning_rate=1e-3, warmup_iters=500, eval_interval=500, eval_tokens=2**20, dataset="openwebtext"),
