@@ -123,7 +123,7 @@ class Settings:
     # the run
     device: str = flag("auto", "cuda, cuda:N, mps or cpu; auto takes the first there is", free=True)
     dtype: str = flag("auto", "precision of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), free=True)
-    compile: str = flag("auto", "torch.compile; auto: on CUDA, where a compiler works", choices=("auto", "on", "off"), free=True)
+    compile: str = flag("auto", "torch.compile; auto: on CUDA, where it works", choices=("auto", "on", "off"), free=True)
     size: str = flag("auto", "a preset for all that follows; auto: tiny on a CPU, else char",
                      choices=("auto", "tiny", "char", "gpt2"))
     dataset: str = flag("auto", "shakespeare_char, shakespeare, openwebtext, stdlib, or a folder that data/prepare.py made")
@@ -170,7 +170,7 @@ class Settings:
             if rule["most"] is not None and not value <= rule["most"]:
                 raise UserError(f"--{f.name} must be at most {rule['most']}, not {value}")
         if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}: every head needs the same width")
+            raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}: heads need one width")
         if self.min_lr > self.learning_rate:
             raise UserError(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: the rate only falls")
         self.check()
@@ -185,10 +185,10 @@ class Settings:
 # ==== shared: command line
 SIZES = {  # a preset replaces these defaults of Settings; flags on the command line replace both
     "tiny": dict(),
-    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64, max_iters=5000, eval_interval=250, muon_lr=2e-2,
-                 warmup_iters=100),
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, grad_accum=32, max_iters=20000, muon_lr=2e-2,
-                 learning_rate=1e-3, warmup_iters=500, eval_interval=500, eval_tokens=2**20, dataset="openwebtext"),
+    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
+                 max_iters=5000, warmup_iters=100, eval_interval=250, muon_lr=2e-2),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, grad_accum=32, dataset="openwebtext",
+                 max_iters=20000, warmup_iters=500, eval_interval=500, eval_tokens=2**20, learning_rate=1e-3, muon_lr=2e-2),
 }
 
 
@@ -248,7 +248,7 @@ def pick_device(name):
         raise UserError(f"--device {name} is not one of auto, cuda, cuda:N, mps, cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use another, or --device auto")
+        raise UserError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this PyTorch finds no Apple GPU; use --device auto")
     return device
@@ -474,7 +474,8 @@ def find_data(name):
                         f"python data/prepare.py --text FILE --name {name} makes one of a text of yours")
     if not (DATA / "prepare.py").exists():
         raise UserError(f"{DATA / 'prepare.py'} is missing: copy it from where you got {SCRIPT}.py, it prepares the data")
-    done = subprocess.run([sys.executable, DATA / "prepare.py", wanted], stderr=subprocess.PIPE if name == "auto" else None, text=True)
+    done = subprocess.run([sys.executable, DATA / "prepare.py", wanted], text=True,
+                          stderr=subprocess.PIPE if name == "auto" else None)
     if done.returncode == 0:
         return DATA / wanted
     if name != "auto":
@@ -489,7 +490,8 @@ class Data:
 
     def __init__(self, s, device):
         self.folder = find_data(s.dataset)
-        self.name, self.seed, self.batch_size, self.T, self.device = self.folder.name, s.seed, s.batch_size, s.block_size, device
+        self.name, self.device = self.folder.name, device
+        self.seed, self.batch_size, self.T = s.seed, s.batch_size, s.block_size
         meta = dict(tokenizer="gpt2", vocab_size=50257)  # of bins that come without a description
         try:
             if (self.folder / "meta.json").exists() or (self.folder / "meta.pkl").exists():  # nanoGPT's pickle is not read
@@ -502,7 +504,8 @@ class Data:
         self.train, self.val = (self.read(split, meta.get(f"{split}_tokens")) for split in ("train", "val"))
         if self.alphabet is not None:
             ids = {c: i for i, c in enumerate(self.alphabet)}
-            self.encode, self.decode = lambda text: [ids[c] for c in text], lambda tokens: "".join(self.alphabet[t] for t in tokens)
+            self.encode = lambda text: [ids[c] for c in text]
+            self.decode = lambda tokens: "".join(self.alphabet[t] for t in tokens)
         else:
             try:
                 bpe = tiktoken.get_encoding("gpt2")
@@ -673,11 +676,12 @@ def read_checkpoint(run, path, arm):
     except (OSError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # a file that is no checkpoint can make torch.load raise almost anything
-        raise UserError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(e).__name__}): move it away, or use another --out_dir")
+        raise UserError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(e).__name__}): move it away")
     if script != (SCRIPT, arm):
         raise UserError(f"{path} belongs to {' '.join(map(str, script))}, not to {SCRIPT} {arm}: use another --out_dir")
-    other = [f"--{f.name} {({True: 'on', False: 'off'} if f.type is bool else {}).get(v := settings.get(f.name), v)}"
-             for f in dataclasses.fields(Settings) if not f.metadata["free"] and settings.get(f.name) != getattr(run.settings, f.name)]
+    other = [f"--{f.name} {dict([(True, 'on'), (False, 'off')]).get(value, value) if f.type is bool else value}"
+             for f in dataclasses.fields(Settings) for value in [settings.get(f.name)]
+             if not f.metadata["free"] and value != getattr(run.settings, f.name)]
     if other:
         raise UserError(f"{path} was trained with {' '.join(other)}: repeat these flags, or use another --out_dir")
     return saved
@@ -700,7 +704,8 @@ def compiled(run, model, extra):
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # the chain of compilers may raise anything; training goes on without it, and says so
-        run.print(f"torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0][:120]}): training goes on uncompiled")
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:160]
+        run.print(f"torch.compile failed ({reason}): training goes on uncompiled")
         fast = model
     model.zero_grad(set_to_none=True)
     return fast
@@ -717,7 +722,8 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
     s, folder = run.settings, run.out / arm
     optimizers = make_optimizers(model, s, run.device)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    now = dict(step=0, val_loss=math.nan, best_val_loss=math.inf, best_step=0, train_seconds=0.0, loss_sum=0.0, loss_steps=0, log=[])
+    now = dict(step=0, train_seconds=0.0, val_loss=math.nan, best_val_loss=math.inf, best_step=0,
+               loss_sum=0.0, loss_steps=0, log=[])  # the training loss since the last evaluation, and the lines of log.jsonl
     resumed = (folder / "ckpt.pt").exists()
     if resumed:
         saved = read_checkpoint(run, folder / "ckpt.pt", arm)
@@ -728,17 +734,16 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
             scaler.load_state_dict(saved["scaler"])
         now = saved["now"]
         if saved["world"] != run.world:
-            raise UserError(f"{folder / 'ckpt.pt'} was trained by {saved['world']} processes, not {run.world}: go on with as many")
+            raise UserError(f"{folder / 'ckpt.pt'} was trained by {saved['world']} processes: go on with as many")
         del saved
     groups = [group for o in optimizers for group in o.param_groups]
     fast = compiled(run, model, extra)
     if run.world > 1:
         fast = nn.parallel.DistributedDataParallel(fast, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     model.train()
-    loss_sum = torch.tensor(now["loss_sum"], device=run.device)  # since the last evaluation
+    loss_sum = torch.tensor(now["loss_sum"], device=run.device)
     nonfinite = torch.tensor(-1, device=run.device)  # the first step whose loss was not finite
-
-    advice = f"{folder / 'ckpt.pt'} is from before it; start again with a lower --learning_rate and --muon_lr, or with --dtype float32"
+    advice = f"{folder / 'ckpt.pt'} is from before it; train again with a lower --learning_rate and --muon_lr"
 
     def look():  # waits for the device, so only where a number is shown or saved
         if nonfinite.item() >= 0:
@@ -770,8 +775,8 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
                 now["train_seconds"] += look() - clock
                 if due:
                     now["val_loss"] = evaluate(run, model, tokens=s.eval_tokens)
-                    line = dict(step=step, val_loss=now["val_loss"], train_loss=now["loss_sum"] / now["loss_steps"] if now["loss_steps"] else None,
-                                train_seconds=round(now["train_seconds"], 3))
+                    line = dict(step=step, train_seconds=round(now["train_seconds"], 3), val_loss=now["val_loss"],
+                                train_loss=now["loss_sum"] / now["loss_steps"] if now["loss_steps"] else None)
                     if inputs := extra(step, 0):
                         line["val_loss_as_trained"] = evaluate(run, model, tokens=s.eval_tokens, **inputs)
                     if not math.isfinite(now["val_loss"]):
@@ -822,21 +827,28 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
             if run.rank == 0 and time.perf_counter() - shown > 1:
                 shown = look()
                 speed = tokens * now["step"] / (now["train_seconds"] + shown - clock)
-                bar.set_postfix_str(f"loss {now['loss_sum'] / now['loss_steps']:.3f}, val {now['val_loss']:.3f}, {speed / 1e3:.1f}k tokens/s", refresh=False)
+                bar.set_postfix_str(f"loss {now['loss_sum'] / now['loss_steps']:.3f}, val {now['val_loss']:.3f}, "
+                                    f"{speed / 1e3:.1f}k tokens/s", refresh=False)
+    return summary(run, arm, model, now)
 
-    speed = tokens * now["step"] / max(now["train_seconds"], 1e-9)
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16, dense
+
+
+def summary(run, arm, model, now):
+    """What results.json says of an arm's training."""
+    s, cuda, flops = run.settings, run.device.type == "cuda", flops_per_token(run.settings, arm)
+    tokens = run.world * s.grad_accum * s.batch_size * s.block_size * now["step"]
+    speed = tokens / max(now["train_seconds"], 1e-9)
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    cuda, flops = run.device.type == "cuda", flops_per_token(s, arm)
-    limit = next((v for name, v in PEAK_FLOPS.items() if cuda and run.dtype != torch.float32 and name in torch.cuda.get_device_name()), None)
+    name = torch.cuda.get_device_name() if cuda and run.dtype != torch.float32 else ""
+    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
     return dict(val_loss=now["val_loss"], best_val_loss=now["best_val_loss"], best_step=now["best_step"],
                 train_loss=evaluate(run, model, "train", s.eval_tokens or len(run.data.val)), parameters=parameters,
                 parameters_non_embedding=parameters - embeddings, flops_per_token=flops, train_seconds=now["train_seconds"],
-                tokens_per_second=speed, mfu=limit and flops * speed / run.world / limit,
+                tokens_per_second=speed, mfu=peak and flops * speed / run.world / peak,
                 peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else None)
-
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16, by name
 
 # ==== end shared
 
@@ -854,7 +866,8 @@ def build(arm, s):
 
 def flops_per_token(s, arm):
     """Training FLOPs for a token, forward and backward. 6 for each weight in a matrix product (the tied head is one, the
-    embedding is not) and 12 for each channel of each score computed, masked ones and padding included, in every layer."""
+    embedding is not) and 12 for each channel of each score, in every layer: masked ones and padding included, and the square
+    in full where attention is dense, although a fused causal kernel leaves half of it out."""
     T, C, D = s.block_size, s.n_embd, s.n_embd // s.n_head
     w = -(-T // s.reduction)
     rows = T if s.ssa == "unbiased" else -(-T // w) * w
@@ -869,6 +882,7 @@ def finetune_from(s):
 
 
 def load_data(s, device):
+    """What start() makes Run.data of."""
     return Data(s, device)
 
 
@@ -993,8 +1007,11 @@ def report(run, arms, model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def table(rows):
-    """Rows in aligned columns, the first row a heading: text as it is, fractions to four places, None as a dash."""
-    rows = [["-" if c is None else c if isinstance(c, str) else f"{c:.4f}" if abs(c) < 100 and c % 1 else f"{c:,.0f}" for c in row] for row in rows]
+    """Rows in aligned columns, the first row a heading: text as it is, small fractions to four places, None as a dash."""
+    def show(c):
+        return "-" if c is None else c if isinstance(c, str) else f"{c:.4f}" if abs(c) < 10 and c % 1 else f"{c:,.0f}"
+
+    rows = [list(map(show, row)) for row in rows]
     width = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(c.rjust(n) if i else c.ljust(n) for i, (c, n) in enumerate(zip(row, width))) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -1006,7 +1023,8 @@ def open_out(s):
     earlier = earlier_run(out)
     if s.resume or s.eval_only:
         if not earlier:
-            raise UserError(f"there is no run in {out} (no results.json of these scripts): leave --resume and --eval_only out, or name its folder with --out_dir")
+            raise UserError(f"there is no run in {out} (no results.json of these scripts): name its folder with --out_dir, "
+                            "or train one, without --resume and --eval_only")
     elif earlier:
         lock(out).close()
         aside = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
@@ -1036,7 +1054,8 @@ def lock(out):
 
 def start(s):
     """Settings -> Run: processes (under torchrun), device, precision, data, folder. Prints the header."""
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local, world = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    world = max(1, world)
     device = pick_device(s.device)
     if device.type == "cuda":
         device = pick_device(f"cuda:{local if world > 1 else device.index or 0}")
@@ -1053,7 +1072,7 @@ def start(s):
     s.dataset = run.data.name if run.data.folder.parent == DATA else str(run.data.folder.resolve())  # what auto came to
     s.vocab_size = run.data.vocab_size
     if unknown := sorted(set(s.prompt) - set(run.data.alphabet or s.prompt)):
-        raise UserError(f"--prompt has {unknown}, which {run.data.name} does not contain: its characters are {run.data.alphabet!r}")
+        raise UserError(f"--prompt has {unknown}, which {run.data.name} lacks: its characters are {run.data.alphabet!r}")
     if not s.prompt:
         raise UserError("--prompt is empty: give the sample at least one character to go on from")
     run.out, run.lock = open_out(s) if rank == 0 else (None, None)
@@ -1073,7 +1092,7 @@ def work(s):
     """Train and evaluate the arms, print the tables and a sample; returns the content of results.json."""
     run = start(s)
     path = run.out / "results.json"
-    git = shutil.which("git") and subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"],
+    git = shutil.which("git") and subprocess.run(["git", "-C", DATA.parent, "describe", "--always", "--dirty"],
                                                  capture_output=True, text=True).stdout.strip()
     results = (s.resume or s.eval_only) and earlier_run(run.out) or dict(
         script=SCRIPT, dataset=run.data.name, device=str(run.device), dtype=str(run.dtype).removeprefix("torch."),
@@ -1097,8 +1116,9 @@ def work(s):
                 write(path, json.dumps(results, indent=1))
         first = first or model.cpu()
     if run.rank == 0:
-        columns = dict(val_loss="val loss", best_val_loss="best", train_loss="train", parameters="parameters", flops_per_token="FLOPs/token",
-                       train_seconds="seconds", tokens_per_second="tokens/s", mfu="MFU", peak_memory_bytes="peak bytes")
+        columns = dict(val_loss="val loss", best_val_loss="best", train_loss="train", parameters="parameters",
+                       flops_per_token="FLOPs/token", train_seconds="seconds", tokens_per_second="tokens/s", mfu="MFU",
+                       peak_memory_bytes="peak bytes")
         shown = [[arm, *(found.get(name) for name in columns)] for arm, found in results["arms"].items()]
         print("\n" + table([["arm", *columns.values()], *shown]))
         report(run, results["arms"], first.to(run.device).eval())
