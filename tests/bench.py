@@ -25,9 +25,10 @@ import nano_ssa as nano  # noqa: E402
 
 
 def machine():
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    return f"{gpu or (names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.processor())
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def in_turns(arms, runs, device):
@@ -81,7 +82,8 @@ def materialised_blocks(q, k, v, path):
 
 def ssa_arms(T, device):
     """{name: (attention function, scores computed for a query)}."""
-    arms = {"materialised": (materialised, T), "fused causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), T)}
+    arms = {"materialised": (materialised, T),
+            "fused causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), T)}
     for r in (4, 8):
         path = nano.draw_paths(nano.Settings(n_layer=1, block_size=T, reduction=r), T, "bench")[0].to(device)
         w = path.shape[1]
@@ -113,7 +115,8 @@ def kept_bytes(f, tensors):
 def peak_bytes(name, T, tokens, device):
     """Peak memory of one forward and backward beyond what was there before; on a CPU in a process of its own."""
     if device == "cpu":
-        return int(subprocess.run([sys.executable, __file__, "peak", name, str(T), str(tokens)], capture_output=True, text=True, check=True).stdout)
+        command = [sys.executable, __file__, "peak", name, str(T), str(tokens)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     tensors = qkv(T, tokens, device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -153,8 +156,9 @@ def ssa(args):
 
         times = in_turns({name: (lambda f=f: step(f)) for name, (f, _) in arms.items()}, args.runs, device)
         for name, (f, scores) in arms.items():
-            rows.append([f"{T}", name, f"{T / scores:.2f}", f"{kept_bytes(f, tensors):,}", f"{peak_bytes(name, T, args.tokens, device):,}",
-                         f"{1000 * times[name]:.1f} ms", f"{times['materialised'] / times[name]:.2f}x", f"{times['fused causal'] / times[name]:.2f}x"])
+            rows.append([f"{T}", name, f"{T / scores:.2f}", f"{kept_bytes(f, tensors):,}",
+                         f"{peak_bytes(name, T, args.tokens, device):,}", f"{1000 * times[name]:.1f} ms",
+                         f"{times['materialised'] / times[name]:.2f}x", f"{times['fused causal'] / times[name]:.2f}x"])
     print(nano.table(rows))
 
 
@@ -206,12 +210,14 @@ def plain_loop(train_ids, s):
     1e-4 after 100 steps, gradient norm 1, batches cut from an array by the host, the loss read at every step."""
     device = s.device
     model = PlainGPT(s.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd).to(device)
-    groups = [dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=0.1), dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
+    groups = [dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=0.1),
+              dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=device == "cuda")
     fast = torch.compile(model) if device == "cuda" else model
 
     def step(i):
-        lr = 1e-3 * (i + 1) / 101 if i < 100 else 1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * (i - 100) / max(1, s.max_iters - 100)))
+        done = (i - 100) / max(1, s.max_iters - 100)
+        lr = 1e-3 * (i + 1) / 101 if i < 100 else 1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = lr
         starts = torch.randint(len(train_ids) - s.block_size, (s.batch_size,))
@@ -297,7 +303,8 @@ def base(args):
             seconds[name] += time.perf_counter() - start
     rows = [["on the whole validation split", "steps", "training seconds", "ratio", "loss"]]
     for name, run, model in (("recipe", recipe, plain), ("tiny", tiny, ours)):
-        rows.append([name, f"{share[name]}", f"{seconds[name]:.1f}", f"{seconds[name] / seconds['recipe']:.2f}", f"{nano.evaluate(run, model):.4f}"])
+        rows.append([name, f"{share[name]}", f"{seconds[name]:.1f}", f"{seconds[name] / seconds['recipe']:.2f}",
+                     f"{nano.evaluate(run, model):.4f}"])
     print(nano.table(rows))
 
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 # what a script's table shows: name of the row, key in an arm of results.json (dots go into nested objects)
 COMMON = [("validation loss, last", "val_loss"), ("validation loss, best", "best_val_loss"), ("training loss, last", "train_loss")]
-MODES = [("dense mode", "val_loss_dense_mode"), ("dense mode, best temperature", "val_loss_temperature"), ("one draw", "val_loss_single_draw"),
-         *((f"ensemble of {k}", f"ensemble.{k}") for k in (2, 4, 8, 16)),
+MODES = [("dense mode", "val_loss_dense_mode"), ("dense mode, best temperature", "val_loss_temperature"),
+         ("one draw", "val_loss_single_draw"), *((f"ensemble of {k}", f"ensemble.{k}") for k in (2, 4, 8, 16)),
          ("top-1, dense mode", "top1_dense_mode"), ("top-1, ensemble of 16", "ensemble_top1.16")]
 ROWS = {
     "nano_ssa": [*COMMON, *((f"{when}: {name}", f"evaluation.{where}{key}") for name, key in MODES for when, where in
@@ -60,7 +60,8 @@ def table(script, results):
         cells = []
         for arm in arms:
             found = [value(r["arms"][arm], key) for r in results]
-            cells.append("" if None in found else f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}" if len(found) > 1 else f"{found[0]:.4f}")
+            spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 and None not in found else ""
+            cells.append("" if None in found else f"{statistics.mean(found):.4f}{spread}")
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -83,7 +83,8 @@ def test_header_names_the_requirements(path):
 
 @pytest.mark.parametrize("argv, words", [
     ("--n_layers 3", ["--n_layers", "--n_layer?"]), ("--bogus=1", ["--bogus"]), ("--n_layer", ["--n_layer"]),
-    ("--n_layer three", ["--n_layer", "three"]), ("--bias maybe", ["maybe", "on nor off"]), ("--size huge", ["--size huge", "tiny"]),
+    ("--n_layer three", ["--n_layer", "three"]),
+    ("--bias maybe", ["maybe", "on nor off"]), ("--size huge", ["--size huge", "tiny"]),
     ("--optimizer sgd", ["muon"]), ("--dtype int8", ["--dtype", "float32"]), ("--device tpu", ["--device tpu"]),
     ("--device cuda:99", ["--device cuda:99", "CUDA devices"]), ("--device cpu --dtype float16", ["float16", "float32"]),
     ("--n_embd 30 --n_head 4", ["--n_embd 30", "--n_head 4"]), ("--max_iters -1", ["--max_iters", "-1"]),
