@@ -924,7 +924,7 @@ def measure(run, model):
         with run.autocast():
             return model(x, paths=paths)[0].flatten(0, 1).float()                                # (B T, vocab)
 
-    heats = 2 ** torch.linspace(-1, 1, 41)
+    heats = 2 ** torch.linspace(-2, 2, 81)
     losses = torch.zeros(len(heats), device=run.device)
     for x, y in batches(fit):
         z = logits(x)
