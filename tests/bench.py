@@ -176,10 +176,10 @@ class PlainAttention(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, C, H):
+    def __init__(self, C, H, gelu):
         super().__init__()
         self.attention, self.norm1, self.norm2 = PlainAttention(C, H), nn.LayerNorm(C, bias=False), nn.LayerNorm(C, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C, bias=False), nn.GELU(), nn.Linear(4 * C, C, bias=False))
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C, bias=False), nn.GELU(gelu), nn.Linear(4 * C, C, bias=False))
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -187,10 +187,10 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    def __init__(self, V, T, L, H, C):
+    def __init__(self, V, T, L, H, C, gelu):
         super().__init__()
         self.token, self.position = nn.Embedding(V, C), nn.Embedding(T, C)
-        self.blocks, self.norm = nn.ModuleList(PlainBlock(C, H) for _ in range(L)), nn.LayerNorm(C, bias=False)
+        self.blocks, self.norm = nn.ModuleList(PlainBlock(C, H, gelu) for _ in range(L)), nn.LayerNorm(C, bias=False)
         self.head = nn.Linear(C, V, bias=False)
         self.head.weight = self.token.weight
         for name, p in self.named_parameters():
@@ -205,11 +205,11 @@ class PlainGPT(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1))
 
 
-def plain_loop(train_ids, s):
+def plain_loop(train_ids, s, gelu="none"):
     """One training step of the recipe, as a function: AdamW (betas 0.9, 0.99; decay 0.1 on matrices), cosine from 1e-3 to
-    1e-4 after 100 steps, gradient norm 1, batches cut from an array by the host, the loss read at every step."""
+    1e-4 after 100 steps, gradient norm 1, batches cut from an array by the host, the loss read at every step. gelu: nanoGPT's is exact, GPT-2's is "tanh"."""
     device = s.device
-    model = PlainGPT(s.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd).to(device)
+    model = PlainGPT(s.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, gelu).to(device)
     groups = [dict(params=[p for p in model.parameters() if p.ndim >= 2], weight_decay=0.1),
               dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=device == "cuda")
@@ -275,13 +275,15 @@ def base(args):
         sizes = {"CPU recipe, 4 x 128, T 64": RECIPE, "tiny, 6 x 96, T 64": dict()}
         if torch.cuda.is_available():
             sizes = {"char, 6 x 384, T 256": dict(n_head=6, n_embd=384, block_size=256, batch_size=64)}
-        rows = [["training step, AdamW", "plain loop", "this project", "ratio"]]
+        rows = [["training step, AdamW", "plain loop", "plain, tanh GELU", "this project", "vs plain", "vs plain, tanh"]]
         for name, settings in sizes.items():
             run = run_of(**settings, optimizer="adamw", learning_rate=1e-3)
             torch.manual_seed(0)
-            plain, ours = plain_loop(ids(run), run.settings)[1], our_loop(run, nano.GPT(run.settings).to(run.device))
-            times = in_turns({"plain": lambda: plain(500), "ours": lambda: ours(500)}, args.runs * 10, run.device.type)
-            rows.append([name, *(f"{1000 * t:.1f} ms" for t in times.values()), f"{times['plain'] / times['ours']:.2f}x"])
+            steps = {"plain": plain_loop(ids(run), run.settings)[1], "tanh": plain_loop(ids(run), run.settings, "tanh")[1],
+                     "ours": our_loop(run, nano.GPT(run.settings).to(run.device))}
+            times = in_turns({arm: (lambda step=step: step(500)) for arm, step in steps.items()}, args.runs * 10, run.device.type)
+            rows.append([name, *(f"{1000 * t:.1f} ms" for t in times.values()), f"{times['plain'] / times['ours']:.2f}x",
+                         f"{times['tanh'] / times['ours']:.2f}x"])
         print(nano.table(rows))
         return
     recipe, tiny = run_of(**RECIPE), run_of()

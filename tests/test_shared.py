@@ -239,8 +239,10 @@ def test_states_end_in_the_logits_and_generation_goes_beyond_the_context(corpus)
     idx = torch.randint(60, (2, 30))
     states = model.states(idx)
     assert len(states) == 3 and torch.equal(model.read_out(states[-1])[0], model(idx)[0])
+    widths, hook = [], model.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
     out = model.generate(idx, 10, temperature=0)
-    assert out.shape == (2, 40) and torch.equal(out[:, :30], idx)
+    hook.remove()
+    assert out.shape == (2, 40) and torch.equal(out[:, :30], idx) and widths == [30, 31] + [32] * 8
     for t in range(30, 40):  # each token is the argmax after at most block_size tokens
         assert torch.equal(out[:, t], model(out[:, max(0, t - 32):t])[0][:, -1].argmax(-1))
     torch.manual_seed(0)
