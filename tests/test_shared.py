@@ -113,7 +113,12 @@ def test_help_lists_every_flag(capsys):
     assert all(f"--{f.name} " in text for f in dataclasses.fields(nano.Settings) if f.name != "vocab_size")
 
 
-def test_prompt_outside_the_alphabet(capsys, small):
+def test_prompt_outside_the_alphabet(capsys, small, tmp_path):
+    (tmp_path / "digits").mkdir()  # a corpus without the default prompt, a line break
+    (np.arange(2000) % 10).astype("<u2").tofile(tmp_path / "digits" / "train.bin")
+    shutil.copy(tmp_path / "digits" / "train.bin", tmp_path / "digits" / "val.bin")
+    (tmp_path / "digits" / "meta.json").write_text('{"tokenizer": "char", "alphabet": "0123456789", "vocab_size": 10}')
+    nano.main([*small, "--dataset", str(tmp_path / "digits"), "--max_iters", "1", "--draws", "1"])
     refused(capsys, [*small, "--prompt", ""], "--prompt is empty")
     refused(capsys, [*small, "--prompt", "naïve ☃"], "☃", "--prompt")
 
@@ -331,10 +336,14 @@ def test_two_runs_never_write_to_one_folder(capsys, small, tmp_path):
 
 
 def test_resuming_and_evaluating_need_no_flags_again(small, tmp_path):
-    first = nano.main([*small, "--max_iters", "6", "--seed", "5", "--draws", "2"])
+    first = nano.main([*small, "--max_iters", "6", "--seed", "5", "--draws", "2", "--compare"])
     out = ["--out_dir", str(tmp_path / "out"), "--sample_tokens", "2"]
     assert nano.main([*out, "--resume"]) == first
     assert nano.main([*out, "--eval_only", "--draws", "2"])["arms"] == first["arms"]
+    more = nano.main([*out, "--eval_only", "--draws", "4"])["arms"]
+    assert all(list(arm["evaluation"]["ensemble"]) == ["1", "2", "4"] for arm in more.values()), "no arm keeps an older table"
+    edit(tmp_path / "out" / "results.json", arms={"technique": first["arms"]["technique"]})  # as if stopped in the second arm
+    assert nano.main([*out, "--resume", "--draws", "2"])["arms"]["dense"]["val_loss"] == first["arms"]["dense"]["val_loss"]
 
 
 def test_evaluating_an_interrupted_run_does_not_end_it(small, tmp_path, monkeypatch):
