@@ -11,7 +11,7 @@ Text in, data/<name>/train.bin + val.bin + meta.json out. The nano scripts call 
 
 The last line of a good run:
 
-    shakespeare_char: 1,003,854 training and 111,540 validation tokens in data/shakespeare_char
+    shakespeare_char: 1,003,854 training and 111,540 validation tokens in .../data/shakespeare_char
 
 train.bin, val.bin   token ids, uint16, little-endian, nothing else in the file: what nanoGPT writes
 meta.json            tokenizer ("char", with its alphabet in the order of the ids, or "gpt2"), vocab_size, train_tokens,
