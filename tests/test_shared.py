@@ -298,6 +298,7 @@ def test_a_short_run_learns_and_writes_its_results(corpus, tmp_path, capsys):
         assert [line["step"] for line in lines] == [0, 50, 100, 150] and lines[0]["val_loss"] > 3.5
         assert arm["val_loss"] == lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.8
         assert arm["best_val_loss"] == min(line["val_loss"] for line in lines)
+        assert lines[0]["train_loss"] is None and 4.5 > lines[1]["train_loss"] > lines[3]["train_loss"] > 1
         assert name in printed and f"{arm['val_loss']:.4f}" in printed
         assert arm["tokens_per_second"] == pytest.approx(150 * 4 * 32 / arm["train_seconds"])
     assert "A sample:" in printed
