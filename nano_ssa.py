@@ -386,11 +386,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """GPT-2's feed-forward layer: (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, s):
+    def __init__(self, s, hidden=None):
         super().__init__()
         self.dropout = s.dropout
-        self.c_fc = nn.Linear(s.n_embd, 4 * s.n_embd, bias=s.bias)
-        self.c_proj = nn.Linear(4 * s.n_embd, s.n_embd, bias=s.bias)
+        self.c_fc = nn.Linear(s.n_embd, hidden or 4 * s.n_embd, bias=s.bias)
+        self.c_proj = nn.Linear(hidden or 4 * s.n_embd, s.n_embd, bias=s.bias)
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")
@@ -472,10 +472,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=0):
-        """Token ids (B, T) -> (B, T+n). Beyond block_size the model sees the last block_size tokens."""
+    def generate(self, idx, n, temperature=1.0, top_k=0, next_logits=None):
+        """Token ids (B, T) -> (B, T+n). Beyond block_size the model sees the last block_size tokens.
+        next_logits: a faster way from idx to the logits (B, vocab) of what follows, where there is one."""
         for _ in range(n):
-            logits = self(idx[:, -self.block_size:])[0][:, -1].float()
+            logits = (next_logits(idx) if next_logits else self(idx[:, -self.block_size:])[0][:, -1]).float()
             if top_k:
                 logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
             if temperature == 0:
@@ -1163,7 +1164,8 @@ def work(s):
                        peak_memory_bytes="peak bytes")
         shown = [[arm, *(found.get(name) for name in columns)] for arm, found in results["arms"].items()]
         print("\n" + table([["arm", *columns.values()], *shown]))
-        report(run, results["arms"], first.to(run.device).eval())
+        report(run, results["arms"], first.to(run.device).eval())  # may add to the evaluations what takes several arms
+        write(path, json.dumps(results, indent=1))
     if run.world > 1:
         dist.destroy_process_group()
     return results

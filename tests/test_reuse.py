@@ -1,0 +1,540 @@
+"""nano_reuse.py: both implementations against a literal oracle, routing of heads, the decoder's cache, similarity.
+
+python -m pytest tests/test_reuse.py
+"""
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SMALL
+from torch.utils.flop_counter import FlopCounterMode
+
+import nano_reuse as nano
+import nano_ssa
+
+SIX = [*SMALL, "--n_layer", "6"]  # --compare needs six layers
+
+
+def settings(**changes):
+    small = dict(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50, batch_size=4)
+    return nano.Settings(**{**small, **changes})
+
+
+def model_of(s, seed=0, std=0.3, model=nano.GPT):
+    """In float64, with weights that make maps sharp."""
+    torch.manual_seed(seed)
+    model = model(s).double()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1 and name.endswith("weight")), std=std)
+    return model
+
+
+def tokens(B=2, T=16, seed=0):
+    return torch.randint(50, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def oracle(model, s, idx):
+    """The definition: layer after layer, head after head, query after query. Returns logits and the maps of all layers."""
+    H, D, T = s.n_head, s.n_embd // s.n_head, idx.size(1)
+    x = model.wte.weight[idx] + model.wpe.weight[:T]
+    below, found = None, []
+    for layer, block in enumerate(model.h):
+        K = s.reuse_heads if s.first_reuse_layer <= layer < s.first_reuse_layer + s.reuse_layers else 0
+        W = block.attn.c_attn.weight
+        h = F.layer_norm(x, (s.n_embd,), block.ln_1.weight, block.ln_1.bias, 1e-5)
+        assert W.shape == (D * (2 * (H - K) + H), s.n_embd)
+        part = lambda n: h @ W[n * D:(n + 1) * D].T  # (B, T, D)
+        maps = []
+        for head in range(H - K):
+            q, k = part(head), part(H - K + head)
+            rows = []
+            for i in range(T):
+                p = (k[:, :i + 1] @ q[:, i, :, None]).squeeze(-1).div(math.sqrt(D)).softmax(-1)
+                rows.append(F.pad(p, (0, T - i - 1)))
+            maps.append(torch.stack(rows, 1))
+        maps += [below[j] for j in range(K)]
+        out = torch.cat([maps[head] @ part(2 * (H - K) + head) for head in range(H)], -1)
+        x = x + out @ block.attn.c_proj.weight.T
+        h = F.layer_norm(x, (s.n_embd,), block.ln_2.weight, block.ln_2.bias, 1e-5)
+        x = x + F.gelu(h @ block.mlp.c_fc.weight.T, approximate="tanh") @ block.mlp.c_proj.weight.T
+        below = maps
+        found.append(torch.stack(maps, 1))
+    return F.layer_norm(x, (s.n_embd,), model.ln_f.weight, model.ln_f.bias, 1e-5) @ model.wte.weight.T, found
+
+
+PLACES = [(P, K, f) for P, f in ((1, 1), (3, 1), (5, 1), (2, 3), (1, 5)) for K in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("P, K, first", PLACES)
+def test_both_implementations_equal_the_oracle(P, K, first):
+    s = settings(reuse_layers=P, reuse_heads=K, first_reuse_layer=first)
+    model, idx = model_of(s), tokens()
+    weight = torch.randn(2, 16, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for impl in ("qk", "probs", "oracle"):
+        for block in model.h:
+            block.attn.impl = impl
+        logits = oracle(model, s, idx)[0] if impl == "oracle" else model(idx)[0]
+        results.append([logits, *torch.autograd.grad((logits * weight).sum(), list(model.parameters()))])
+    for qk, probs, slow in zip(*results):
+        scale = slow.abs().max().item()
+        assert scale > 0 and (qk - slow).abs().max() <= 1e-12 * scale and (probs - slow).abs().max() <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("changes", [dict(reuse_layers=0), dict(reuse_heads=0), dict(reuse_layers=0, bias=True)])
+def test_without_reuse_it_is_the_dense_twin_to_the_bit(changes):
+    s = settings(**changes)
+    results, idx = [], tokens(T=17)
+    for build in (lambda: nano.GPT(s), lambda: nano.dense_twin(s),
+                  lambda: nano_ssa.dense_twin(nano_ssa.Settings(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50, bias=s.bias))):
+        torch.manual_seed(0)
+        model = build()
+        logits, loss = model(idx[:, :-1], idx[:, 1:])
+        results.append([logits, loss, *model.parameters(), *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("P, first", [(3, 1), (2, 2)])
+def test_full_reuse_hands_the_same_maps_up(P, first):
+    s = settings(reuse_layers=P, first_reuse_layer=first)
+    model = model_of(s)
+    logits, maps = nano.walk(model, tokens())
+    torch.testing.assert_close(logits, model(tokens())[0], atol=1e-10, rtol=1e-10)
+    for layer in range(1, 6):
+        assert torch.equal(maps[layer], maps[layer - 1]) == (first <= layer < first + P), layer
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_partial_reuse_hands_new_heads_up_first(K):
+    """Hand-built maps: head h of the source is filled with h, new heads of layer l with 10 l. What is old falls off the end."""
+    H = 4
+    handed = torch.arange(H).double()[None, :, None, None].expand(1, H, 2, 2)
+    expected = list(range(H))
+    for layer in (1, 2, 3):
+        handed = nano.join(torch.full((1, H - K, 2, 2), 10.0 * layer, dtype=torch.float64), handed)
+        expected = [10 * layer] * (H - K) + expected[:K]
+        assert handed[0, :, 0, 0].tolist() == expected
+
+
+def test_values_meet_the_maps_in_the_order_that_is_handed_up():
+    """o of head h is map h times value h, new heads first: seen with values that pick one head."""
+    s = settings(reuse_layers=2, reuse_heads=3)
+    model = model_of(s)
+    q, k, v = (torch.randn(2, n, 16, 8, dtype=torch.float64) for n in (1, 1, 4))
+    below = nano.causal_maps(*(torch.randn(2, 4, 16, 8, dtype=torch.float64) for _ in range(2)))
+    y, maps = nano.attend(q, k, v, below, "probs")
+    torch.testing.assert_close(y[:, 0], nano.causal_maps(q, k)[:, 0] @ v[:, 0])
+    for head in (1, 2, 3):
+        torch.testing.assert_close(y[:, head], below[:, head - 1] @ v[:, head])
+    assert [block.attn.n_reused for block in model.h] == [0, 3, 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("impl", ["qk", "probs"])
+def test_reusing_layers_train_the_queries_and_keys_of_their_source(impl):
+    """The source's own output is cut off: its queries and keys are left with the gradient from above, which is the real one."""
+    s = settings(n_layer=3, reuse_layers=2, reuse_impl=impl)
+    model, idx = model_of(s), tokens(T=17)
+    model.h[0].attn.c_proj.weight.data.zero_()
+    loss = lambda: F.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten())  # in float64
+    W = model.h[0].attn.c_attn.weight
+    gradient, = torch.autograd.grad(loss(), W)
+    assert gradient[:64].abs().max() > 1e-4 and gradient[64:].abs().max() == 0  # queries and keys; values
+    for at in ((3, 5), (40, 7), (63, 31)):
+        with torch.no_grad():
+            W[at] += 1e-5
+            up = loss()
+            W[at] -= 2e-5
+            down = loss()
+            W[at] += 1e-5
+        assert gradient[at].item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5, abs=1e-9)
+
+
+def test_parameters_are_those_of_the_formula():
+    for L in (3, 6):
+        for P in range(L):
+            for K in range(5):
+                s = settings(n_layer=L, reuse_layers=P, reuse_heads=K)
+                model = nano.GPT(s)
+                matrices = sum(p.numel() for p in model.h.parameters() if p.ndim == 2)
+                assert matrices == L * 12 * 32 ** 2 - P * 2 * 32 * K * 8
+                owners = [layer for layer, block in enumerate(model.h) if block.attn.c_attn.out_features != 96]
+                assert owners == (list(range(1, P + 1)) if K else [])
+                assert all(p.grad is None for p in model.parameters())
+    s = settings()
+    model = nano.GPT(s)
+    model(tokens(), tokens())[1].backward()
+    assert all(p.grad is not None for p in model.parameters()), "every parameter has a gradient, as DDP demands"
+
+
+def test_the_arms_have_the_parameters_they_should():
+    matrices = lambda model: sum(p.numel() for p in model.h.parameters() if p.ndim == 2)
+    s = settings()  # 6 layers
+    deeper = nano.build("deeper", s)
+    assert len(deeper.h) == 7 and [b.attn.n_reused for b in deeper.h] == [0, *[4] * 6]
+    assert matrices(deeper) == matrices(nano.dense_twin(s)) == matrices(nano.build("dense", s))
+    assert nano.settings_of("deeper", settings(n_layer=24)).n_layer == 26 and nano.settings_of("deeper", settings(n_layer=12)).reuse_layers == 6
+    for changes in (dict(), dict(reuse_heads=1), dict(reuse_layers=5, reuse_heads=3), dict(n_layer=7, reuse_layers=4, reuse_heads=1)):
+        s = settings(**changes)
+        narrow = nano.build("narrow", s)
+        assert matrices(narrow) == matrices(nano.GPT(s)) and all(b.attn.n_reused == 0 for b in narrow.h)
+        std = narrow.h[0].mlp.c_proj.weight.std().item()
+        assert std == pytest.approx(0.02 / math.sqrt(2 * s.n_layer), rel=0.1)
+
+
+@pytest.mark.parametrize("impl", ["qk", "probs"])
+@pytest.mark.parametrize("changes", [dict(), dict(reuse_heads=3), dict(reuse_layers=5), dict(first_reuse_layer=3)])
+def test_the_future_is_invisible(impl, changes):
+    model = model_of(settings(reuse_impl=impl, **changes)).float()
+    for seed in range(10):
+        idx, t = tokens(1, 16, seed), seed + 3
+        other = torch.cat([idx[:, :t + 1], (idx[:, t + 1:] + 1) % 50], 1)
+        with torch.no_grad():
+            torch.testing.assert_close(model(idx)[0][:, :t + 1], model(other)[0][:, :t + 1], atol=0, rtol=0)
+        x = model.embed(idx).detach().requires_grad_()
+        h, handed = x, None
+        for block in model.h:
+            h, handed = block(h, handed)
+        gradient, = torch.autograd.grad(model.read_out(h)[0][0, t].sum(), x)
+        assert (gradient[0, t + 1:] == 0).all() and (gradient[0, t] != 0).any()
+    for maps in nano.walk(model, idx)[1]:
+        torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
+        assert (maps.triu(1) == 0).all()
+
+
+def test_maps_of_a_reusing_layer_do_not_depend_on_its_input():
+    s = settings(reuse_layers=3)
+    model, idx = model_of(s), tokens()
+    before = nano.walk(model, idx)[1]
+    model.h[0].mlp.c_proj.weight.data *= 2  # what layers 1, 2, ... read
+    after = nano.walk(model, idx)[1]
+    assert all(torch.equal(before[layer], after[layer]) for layer in range(4)) and not torch.allclose(before[4], after[4])
+
+
+@pytest.mark.parametrize("impl", ["qk", "probs"])
+def test_nothing_is_carried_from_one_forward_to_the_next(impl):
+    model = model_of(settings(reuse_impl=impl))
+    a, b = tokens(2, 16), tokens(3, 9, 1)
+    expected = [oracle(model, settings(), x)[0] for x in (a, b)]
+    for x, y in ((a, 0), (b, 1), (a, 0)):
+        torch.testing.assert_close(model(x)[0], expected[y], atol=1e-10, rtol=1e-10)
+
+
+def test_dropout_is_drawn_anew_in_every_layer_and_not_handed_up():
+    q, k = (torch.randn(1, 2, 64, 8) for _ in range(2))
+    v = torch.eye(64).expand(1, 2, 64, 64)
+    torch.manual_seed(0)
+    below, maps = nano.attend(q, k, v, None, "probs", dropout=0.5)
+    assert torch.equal(maps, nano.causal_maps(q, k)), "what is handed up is from before dropout"
+    none = q[:, :0]
+    above, handed = nano.attend(none, none, v, maps, "probs", dropout=0.5)
+    assert torch.equal(handed, maps)
+    for y in (below, above):  # v is the identity: y is the map after dropout
+        assert ((y == 0) | torch.isclose(y, 2 * maps)).all() and 0.4 < (y == 0)[maps > 0].float().mean() < 0.6
+    assert not torch.equal(below, above)
+    for impl in ("qk", "probs"):
+        model = nano.GPT(settings(dropout=0.5, reuse_impl=impl))
+        assert not torch.equal(model(tokens())[0], model(tokens())[0])
+        model.eval()
+        assert torch.equal(model(tokens())[0], model(tokens())[0])
+
+
+@pytest.mark.parametrize("impl", ["qk", "probs"])
+def test_dropout_leaves_the_mean(impl):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 16, 8, generator=g) for _ in range(3))
+    torch.manual_seed(0)
+    none, below = q[:, :0], nano.attend(q, k, v, None, impl)[1]
+    mean = sum(nano.attend(none, none, v, below, impl, dropout=0.25)[0] for _ in range(2000)) / 2000
+    torch.testing.assert_close(mean, nano.attend(none, none, v, below, impl)[0], atol=0.06, rtol=0)
+
+
+# the decoder
+
+@pytest.mark.parametrize("changes", [dict(), dict(reuse_layers=0), dict(reuse_layers=5), dict(reuse_heads=1), dict(reuse_heads=3),
+                                     dict(first_reuse_layer=3), dict(bias=True), dict(reuse_impl="probs")])
+def test_the_decoder_equals_full_forward(changes):
+    s = settings(**changes)
+    model, idx = model_of(s).eval(), tokens(3, 20)
+    decoder = nano.Decoder(model, 3)
+    for T in range(5, 21):  # a prompt of 5; 17 and more are beyond the context
+        torch.testing.assert_close(decoder(idx[:, :T]), model(idx[:, max(0, T - 16):T])[0][:, -1], atol=1e-10, rtol=1e-10)
+    out = model.generate(idx[:, :4], 20, temperature=0)
+    assert torch.equal(out, model.generate(idx[:, :4], 20, temperature=0, next_logits=nano.Decoder(model, 3)))
+    torch.manual_seed(1)
+    drawn = model.generate(idx[:, :4], 20)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, model.generate(idx[:, :4], 20, next_logits=nano.Decoder(model, 3)))
+    with pytest.raises(AssertionError, match="new Decoder"):
+        decoder = nano.Decoder(model, 3)
+        decoder(idx[:, :5]), decoder(idx[:, :7])
+
+
+def test_reused_heads_have_no_keys_in_the_cache():
+    for changes in (dict(), dict(reuse_layers=5), dict(reuse_layers=4, reuse_heads=2), dict(reuse_layers=0)):
+        s = settings(**changes)
+        decoder = nano.Decoder(nano.GPT(s), 1)
+        K = [nano.reused_heads(s, layer) for layer in range(6)]
+        assert [keys.size(1) for keys in decoder.keys] == [4 - k for k in K]
+        assert decoder.bytes_per_token() == (2 * 6 * 32 - sum(k * 8 for k in K)) * 4
+        assert sum(x.numel() * 4 for x in (*decoder.keys, *decoder.values)) == 16 * decoder.bytes_per_token()
+    dense, half, five = (nano.Decoder(nano.GPT(settings(reuse_layers=P)), 1).bytes_per_token() for P in (0, 3, 5))
+    assert half == 0.75 * dense and five == dense * 7 / 12
+    s = nano.Settings(**{**nano.SIZES["char"], "reuse_layers": 3})
+    assert nano.Decoder(nano.GPT(s), 1, torch.bfloat16).bytes_per_token() == 6912
+
+
+def test_a_reusing_layer_computes_no_scores_in_decoding(monkeypatch):
+    s = settings(reuse_layers=5)
+    model = nano.GPT(s).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(tokens(1, 16))
+    decoder = nano.Decoder(model, 1)
+    decoder(tokens(1, 15))
+    with FlopCounterMode(display=False) as counter:
+        decoder(tokens(1, 16))
+    matrices = sum(p.numel() for p in model.h.parameters() if p.ndim == 2) + 50 * 32
+    assert counter.get_total_flops() == 2 * matrices + 2 * 16 * 32 * (1 + 6)  # q.k in one layer, the map on v in six
+
+
+# costs
+
+@pytest.mark.parametrize("impl", ["qk", "probs"])
+@pytest.mark.parametrize("changes", [dict(), dict(reuse_layers=5), dict(reuse_heads=1), dict(reuse_layers=0), dict(n_layer=7, reuse_layers=4, reuse_heads=3)])
+def test_counted_flops_equal_the_formula(impl, changes):
+    s = settings(reuse_impl=impl, **changes)
+    for arm in nano.ARMS:
+        model = nano.build(arm, s)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(tokens(), tokens())[1].backward()
+        assert counter.get_total_flops() == pytest.approx(nano.flops_per_token(s, arm) * 32, rel=1e-12), arm
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(reuse_layers=5), dict(reuse_heads=1)])
+def test_counted_attention_flops_equal_the_papers_account(changes):
+    s = settings(reuse_impl="probs", **changes)
+    for arm in ("technique", "dense"):
+        model = nano.build(arm, s)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens())
+        rest = 2 * (6 * 8 * 32 ** 2 + 50 * 32)  # the MLPs and the head
+        assert counter.get_total_flops() == (nano.attention_flops(s, arm) + rest) * 32
+
+
+def test_qk_keeps_fewer_bytes_for_the_backward_pass_than_the_dense_twin():
+    def kept(model):
+        found = {}
+        x = tokens(2, 16)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (found.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1], lambda t: t):
+            loss = model(x, x)[1]  # noqa: F841 (kept alive, so that no address is used twice)
+        return sum(found.values()) - sum(p.numel() * 4 for p in model.parameters() if p.untyped_storage().data_ptr() in found)
+
+    reuse, dense = kept(nano.GPT(settings(reuse_layers=3))), kept(nano.dense_twin(settings()))
+    assert dense - reuse == 3 * 2 * 2 * 16 * 32 * 4  # three layers without Q and K of 2 x 16 tokens, 32 channels
+
+
+# similarity
+
+def test_total_variation():
+    maps = nano.causal_maps(*(torch.randn(5, 6, 16, 8) for _ in range(2)))
+    same = nano.head_similarity(maps, maps, 4)
+    torch.testing.assert_close(same.diagonal(), torch.ones(6))
+    torch.testing.assert_close(same, same.T)
+    literal = 1 - 0.5 * (maps[:, 1, 4:] - maps[:, 2, 4:]).abs().sum(-1).mean()
+    torch.testing.assert_close(same[1, 2], literal)
+    first, last = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    first[..., 0] = last[..., 1] = 1
+    assert nano.head_similarity(first, last, 2).item() == 0, "disjoint"
+    changed = maps.clone()
+    changed[:, :, :4] = 0
+    torch.testing.assert_close(nano.head_similarity(maps, changed, 4).diagonal(), torch.ones(6)), "the first queries do not count"
+
+
+def test_layers_are_compared_by_the_best_match_of_heads():
+    a = nano.causal_maps(*(3 * torch.randn(5, 4, 16, 8) for _ in range(2)))
+    b = a[:, [2, 0, 3, 1]]
+    both = torch.cat([a, b], 1)
+    torch.testing.assert_close(nano.layer_similarity(nano.head_similarity(both, both, 4), 2), torch.ones(2, 2))
+    one = torch.cat([a, a[:, :1].expand(-1, 4, -1, -1)], 1)  # every head of layer 1 is head 0 of layer 0, not the reverse
+    m = nano.layer_similarity(nano.head_similarity(one, one, 4), 2)
+    assert m[1, 0] == pytest.approx(1) and m[0, 1] < 0.9
+
+
+def test_random_maps_have_the_spread_of_the_trained_scores():
+    s = settings(reuse_layers=0)
+    model, idx = model_of(s), tokens(8)
+    maps = nano.random_maps(s, model, idx)
+    assert len(maps) == 6
+    for ours, theirs in zip(maps, nano.walk(model, idx)[1]):
+        causal = torch.ones(16, 16, dtype=torch.bool).tril()
+        scores = [torch.where(causal, m.log(), 0.0) for m in (ours, theirs)]  # up to a constant of the row
+        spread = [torch.where(causal, x - x.sum(-1, keepdim=True) / causal.sum(-1, keepdim=True), 0).square().mean((0, 2, 3)) for x in scores]
+        torch.testing.assert_close(*spread, atol=1e-8, rtol=1e-6)
+        assert not torch.allclose(ours, theirs, atol=0.1)
+    reuse = nano.random_maps(settings(), model_of(settings()), idx)
+    assert torch.equal(reuse[0], reuse[3]) and not torch.allclose(reuse[3], reuse[4])
+
+
+@pytest.fixture
+def run(corpus):
+    s = nano.Settings(n_layer=3, n_head=2, n_embd=32, block_size=32, dataset=str(corpus), similarity_windows=8)
+    data = nano.Data(s, torch.device("cpu"))
+    s.vocab_size = data.vocab_size
+    return nano.Run(s, torch.device("cpu"), torch.float32, "", 0, 1, data)
+
+
+def test_copied_maps(run):
+    """Where a layer has the maps of the layer below anyway, copying them costs nothing; and the plain loss is the model's."""
+    s = dataclasses.replace(run.settings, reuse_layers=1)
+    model = model_of(s).float().eval()
+    run.settings = s
+    found = nano.redundancy(run, "dense", model)
+    c = found["copied_maps"]
+    starts = run.data.windows("val")
+    starts = starts[torch.linspace(0, len(starts) - 1, 8).int().tolist()]
+    x, y = run.data.rows("val", starts)
+    assert c["none"] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
+    assert c["identity"][0] == c["best_match"][0] == c["all_identity"] == pytest.approx(c["none"], abs=1e-6)
+    assert abs(c["identity"][1] - c["none"]) > 1e-5
+    maps = nano.walk(model, x, lambda layer, maps, below: below[0] if layer == 2 else maps)
+    assert torch.equal(maps[1][2], maps[1][0])
+    for L, name in ((found["similarity"], "trained"), *((m, n) for n, m in found["similarity_control"].items())):
+        assert len(L) == len(L[0]) == 3, name
+    assert found["similarity"][1][0] == pytest.approx(1) and found["similarity_below"]["trained"] == pytest.approx((found["similarity"][1][0] + found["similarity"][2][1]) / 2)
+    assert found["similarity_further"]["trained"] == pytest.approx(found["similarity"][2][0])
+    own = [found["similarity_control"]["other_sequence"][i][i] for i in range(3)]
+    assert all(value < 0.9 for value in own), "another sequence is another sequence"
+
+
+def test_best_match_repairs_permuted_heads(run):
+    """Two layers with the same heads in another order: copying them as they come changes the model, by best match it does not."""
+    run.settings = s = dataclasses.replace(run.settings, n_layer=2, reuse_layers=0)
+    model = model_of(s).float().eval()
+    for block in model.h:
+        for m in (block.attn, block.mlp):
+            m.c_proj.weight.data.zero_()  # both layers read the embedding
+    a, b = (block.attn.c_attn.weight.data for block in model.h)
+    b[:64] = a[:64].view(2, 2, 16, 32).flip(1).reshape(64, 32)
+    model.h[1].ln_1.weight.data.copy_(model.h[0].ln_1.weight.data)
+    torch.nn.init.normal_(model.h[1].attn.c_proj.weight, std=0.3)
+    c = nano.redundancy(run, "dense", model)["copied_maps"]
+    assert c["best_match"][0] == pytest.approx(c["none"], abs=1e-6) and abs(c["identity"][0] - c["none"]) > 1e-5
+
+
+# runs
+
+@pytest.mark.parametrize("argv, words", [
+    ("--reuse_layers 6", ["--reuse_layers 6", "--n_layer 7"]), ("--reuse_layers -2", ["--reuse_layers", "-1"]), ("--reuse_heads 5", ["--reuse_heads 5", "--n_head 4"]),
+    ("--first_reuse_layer 0", ["--first_reuse_layer", "1"]), ("--first_reuse_layer 4", ["layer 4", "--n_layer 7"]),
+    ("--reuse_impl flash", ["--reuse_impl flash", "probs"]), ("--compare --n_layer 4", ["--compare", "--n_layer 6"]),
+])
+def test_bad_flags_get_one_line(capsys, tmp_path, argv, words):
+    with pytest.raises(SystemExit) as end:
+        nano.main(["--device", "cpu", "--out_dir", str(tmp_path / "out"), *argv.split()])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_of_the_layers_and_all_heads_reuse_by_default():
+    for argv, P in ((["--size", "tiny"], 3), (["--size", "gpt2"], 6), (["--n_layer", "1"], 0), (["--reuse_layers", "2"], 2)):
+        s = nano.parse(["--device", "cpu", *argv])
+        assert (s.reuse_layers, s.reuse_heads) == (P, s.n_head)
+
+
+def test_a_run_of_the_script_compares_its_arms(corpus, tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, ROOT / "nano_reuse.py", *SIX, "--max_iters", "60", "--dataset", str(corpus), "--out_dir", str(out),
+                           "--compare", "--similarity_windows", "8"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arms = json.loads((out / "results.json").read_text())["arms"]
+    assert list(arms) == ["technique", "dense", "deeper", "narrow"]
+    for arm in arms:
+        lines = [json.loads(line) for line in (out / arm / "log.jsonl").read_text().splitlines()]
+        assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
+    e = arms["technique"]["evaluation"]
+    assert e["similarity_of"] == "dense" and e["similarity"] == arms["dense"]["evaluation"]["similarity"] and len(e["similarity"]) == 6
+    assert set(e["similarity_control"]) == {"untrained", "random", "other_sequence"} and len(e["copied_maps"]["identity"]) == 5
+    assert e["kv_cache_bytes_per_token"] == {"dense": 2 * 6 * 32 * 4, "reuse": 9 * 32 * 4}
+    assert set(e["decode_tokens_per_second"]) == {"dense", "reuse"} and e["attention_flops_ratio"] == 0.75
+    assert arms["technique"]["parameters"] == arms["narrow"]["parameters"]
+    for words in ("layer 5", "random queries and keys", "heads as they come", "decoding at context 4,096", "A sample:"):
+        assert words in done.stdout, words
+
+
+def test_resume_goes_on_with_the_same_losses(small, tmp_path, monkeypatch):
+    argv = [*small, "--reuse_heads", "1", "--similarity_windows", "2"]
+    out = lambda name: ["--out_dir", str(tmp_path / name)]
+    whole = nano.main([*argv, *out("a")])["arms"]["technique"]
+    real = nano.train
+
+    def killed(run, arm, model, *more):
+        seen, batch = [], run.data.batch
+
+        def stop(step, turn):
+            seen.append(step)
+            if len(seen) > 15:
+                raise KeyboardInterrupt("killed")
+            return batch(step, turn)
+
+        run.data.batch = stop
+        return real(run, arm, model, *more)
+
+    monkeypatch.setattr(nano, "train", killed)
+    with pytest.raises(SystemExit):
+        nano.main([*argv, *out("b")])
+    monkeypatch.setattr(nano, "train", real)
+    again = nano.main(["--resume", "--device", "cpu", "--sample_tokens", "8", *out("b")])["arms"]["technique"]
+    same = ("val_loss", "best_val_loss", "train_loss", "parameters")
+    assert {k: whole[k] for k in same} == {k: again[k] for k in same}
+    assert whole["evaluation"]["similarity"] == again["evaluation"]["similarity"] or whole["evaluation"]["similarity_of"] == "technique"
+
+
+@pytest.mark.parametrize("impl", ["qk", "probs"])
+@pytest.mark.parametrize("K", [2, 4])
+def test_compiled_equals_eager(impl, K):
+    s = settings(reuse_impl=impl, reuse_heads=K)
+    torch.manual_seed(0)
+    model, idx = nano.GPT(s), tokens()
+    torch.compiler.reset()
+    results = []
+    for f in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        loss = f(idx, idx)[1]
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["qk", "probs"])
+def test_autocast(impl):
+    """In bfloat16 maps are handed up in bfloat16, the loss stays near that of float32 and the gradients are finite."""
+    s = settings(reuse_impl=impl, reuse_heads=2)
+    torch.manual_seed(0)
+    model = nano.GPT(s)
+    exact = model(tokens(), tokens())[1].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        handed = model.h[0](model.embed(tokens()), None)[1]
+        loss = model(tokens(), tokens())[1]
+        decoded = nano.Decoder(model.eval(), 2, torch.bfloat16)(tokens())
+    loss.backward()
+    assert (handed if impl == "probs" else handed[0]).dtype == torch.bfloat16 and loss.item() == pytest.approx(exact, abs=0.05)
+    torch.testing.assert_close(decoded.float(), model(tokens())[0][:, -1], atol=0.05, rtol=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("impl", ["qk", "probs"])
+def test_it_can_learn_a_batch_by_heart(impl):
+    torch.manual_seed(0)
+    model, idx = nano.GPT(settings(reuse_impl=impl)), tokens(4, 17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
