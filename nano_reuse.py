@@ -255,18 +255,18 @@ def attend(q, k, v, handed, impl="qk", dropout=0.0):
 
 # ==== shared: layers
 class Attention(nn.Module):
-    """Dense causal self-attention: (B, T, C) -> (B, T, C)."""
+    """Dense causal self-attention: (B, T, C) -> (B, T, C). Three matrices instead of GPT-2's one, since Muon works on each."""
 
     def __init__(self, s):
         super().__init__()
         self.n_head, self.dropout = s.n_head, s.dropout
-        self.c_attn = nn.Linear(s.n_embd, 3 * s.n_embd, bias=s.bias)  # query, key, value
+        self.c_q, self.c_k, self.c_v = (nn.Linear(s.n_embd, s.n_embd, bias=s.bias) for _ in range(3))
         self.c_proj = nn.Linear(s.n_embd, s.n_embd, bias=s.bias)
 
     def heads(self, x):
         """(B, T, C) -> queries, keys, values, each (B, H, T, D)."""
-        B, T, C = x.shape
-        return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()
+        D = x.size(-1) // self.n_head
+        return [m(x).unflatten(-1, (-1, D)).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v)]
 
     def merge(self, y):
         """(B, H, T, D) -> (B, T, C)."""
@@ -306,20 +306,21 @@ def init_weights(model, s):
 
 
 class ReuseAttention(Attention):
-    """Attention that takes the maps of K heads from the layer below. Those heads have no query and key weights: c_attn
-    makes H-K queries, H-K keys and H values. K = 0 is dense attention."""
+    """Attention that takes the maps of K heads from the layer below: those have no query and key weights. K = 0 is dense."""
 
     def __init__(self, s, layer):
         super().__init__(s)
         self.impl, self.n_reused = s.reuse_impl, reused_heads(s, layer)
         if self.n_reused:
-            self.c_attn = nn.Linear(s.n_embd, 3 * s.n_embd - 2 * self.n_reused * s.n_embd // s.n_head, bias=s.bias)
+            new = (s.n_head - self.n_reused) * s.n_embd // s.n_head
+            self.c_q, self.c_k = (nn.Linear(s.n_embd, new, bias=s.bias) if new else None for _ in range(2))
 
     def heads(self, x):
         """(B, T, C) -> new queries and keys, each (B, H-K, T, D), and values (B, H, T, D)."""
-        B, T, C = x.shape
-        new = self.n_head - self.n_reused
-        return self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2).split([new, new, self.n_head], 1)
+        if self.n_reused < self.n_head:
+            return super().heads(x)
+        v = self.c_v(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        return v[:, :0], v[:, :0], v
 
     def forward(self, x, handed):  # (B, T, C), from the layer below -> (B, T, C), for the layer above
         q, k, v = self.heads(x)

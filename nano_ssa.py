@@ -361,18 +361,18 @@ def subsampled_attention(q, k, v, path, keep_self=True, dropout=0.0):
 
 # ==== shared: layers
 class Attention(nn.Module):
-    """Dense causal self-attention: (B, T, C) -> (B, T, C)."""
+    """Dense causal self-attention: (B, T, C) -> (B, T, C). Three matrices instead of GPT-2's one, since Muon works on each."""
 
     def __init__(self, s):
         super().__init__()
         self.n_head, self.dropout = s.n_head, s.dropout
-        self.c_attn = nn.Linear(s.n_embd, 3 * s.n_embd, bias=s.bias)  # query, key, value
+        self.c_q, self.c_k, self.c_v = (nn.Linear(s.n_embd, s.n_embd, bias=s.bias) for _ in range(3))
         self.c_proj = nn.Linear(s.n_embd, s.n_embd, bias=s.bias)
 
     def heads(self, x):
         """(B, T, C) -> queries, keys, values, each (B, H, T, D)."""
-        B, T, C = x.shape
-        return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()
+        D = x.size(-1) // self.n_head
+        return [m(x).unflatten(-1, (-1, D)).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v)]
 
     def merge(self, y):
         """(B, H, T, D) -> (B, T, C)."""

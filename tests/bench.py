@@ -1,6 +1,7 @@
 """Cost tables, measured side by side in one run: arms take turns, medians are shown, and a time counts as a ratio.
 
     python tests/bench.py ssa              # subsampled attention against materialised and fused dense attention
+    python tests/bench.py reuse            # reused attention maps: training steps of whole models, and decoding
     python tests/bench.py base             # a training step of the dense twin against the plain loop of nanoGPT's recipe
     python tests/bench.py base --train     # both trained in turns: seconds and loss on the whole validation split
 
@@ -21,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import nano_reuse  # noqa: E402
 import nano_ssa as nano  # noqa: E402
 
 
@@ -98,44 +100,48 @@ def qkv(T, tokens, device):
     return [torch.randn(max(1, tokens // T), 6, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
-def kept_bytes(f, tensors):
-    """Bytes that autograd keeps for the backward pass, the inputs left out, each storage counted once."""
+def kept_bytes(f, inputs):
+    """Bytes that autograd keeps for the backward pass of f(), the inputs left out, each storage counted once."""
     kept = {}
-    inputs = {x.untyped_storage().data_ptr() for x in tensors}
+    given = {x.untyped_storage().data_ptr() for x in inputs}
 
     def pack(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y = f(*tensors)  # noqa: F841 (kept alive, so that no address is used twice)
-    return sum(n for at, n in kept.items() if at not in inputs)
+        y = f()  # noqa: F841 (kept alive, so that no address is used twice)
+    return sum(n for at, n in kept.items() if at not in given)
 
 
-def peak_bytes(name, T, tokens, device):
+def peak_bytes(bench, name, T, tokens, device):
     """Peak memory of one forward and backward beyond what was there before; on a CPU in a process of its own."""
     if device == "cpu" and not Path("/proc/self/status").exists():
         return None
     if device == "cpu":
-        command = [sys.executable, __file__, "peak", name, str(T), str(tokens)]
+        command = [sys.executable, __file__, "peak", bench, name, str(T), str(tokens)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    tensors = qkv(T, tokens, device)
+    step = STEPS[bench](name, T, tokens, device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    ssa_arms(T, device)[name][0](*tensors).sum().backward()
+    step()
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak(name, T, tokens):
+def peak(bench, name, T, tokens):
     """The high-water mark of this process's memory, as /proc has it (Linux)."""
     def high():
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    small = qkv(64, 64, "cpu")
-    nano.subsampled_attention(*small, nano.draw_paths(nano.Settings(n_layer=1), 64, 0)[0]).sum().backward()  # libraries in place
-    tensors, f = qkv(T, tokens, "cpu"), ssa_arms(T, "cpu")[name][0]
+    STEPS[bench](name, 64, 64, "cpu")()  # libraries in place
+    step = STEPS[bench](name, T, tokens, "cpu")
     before = high()
-    f(*tensors).sum().backward()
+    step()
     print(high() - before)
+
+
+def ssa_step(name, T, tokens, device):
+    tensors, f = qkv(T, tokens, device), ssa_arms(T, device)[name][0]
+    return lambda: f(*tensors).sum().backward()
 
 
 def ssa(args):
@@ -158,10 +164,87 @@ def ssa(args):
 
         times = in_turns({name: (lambda f=f: step(f)) for name, (f, _) in arms.items()}, args.runs, device)
         for name, (f, scores) in arms.items():
-            rows.append([f"{T}", name, f"{T / scores:.2f}", kept_bytes(f, tensors),
-                         peak_bytes(name, T, args.tokens, device), f"{1000 * times[name]:.1f} ms",
+            rows.append([f"{T}", name, f"{T / scores:.2f}", kept_bytes(lambda: f(*tensors), tensors),
+                         peak_bytes("ssa", name, T, args.tokens, device), f"{1000 * times[name]:.1f} ms",
                          f"{times['materialised'] / times[name]:.2f}x", f"{times['fused causal'] / times[name]:.2f}x"])
     print(nano.table(rows))
+
+
+# reuse
+
+REUSE = {"eager dense": dict(reuse_layers=0, reuse_impl="probs"), "eager reuse": dict(reuse_layers=3, reuse_impl="probs"),
+         "fused dense": dict(reuse_layers=0), "fused reuse": dict(reuse_layers=3)}  # eager: maps are written out; fused: SDPA
+
+
+def reuse_step(name, T, tokens, device):
+    """Forward and backward of a whole model: 6 layers, 2 heads of 64, vocabulary 65."""
+    model = nano_reuse.GPT(nano_reuse.Settings(n_head=2, n_embd=128, block_size=T, **REUSE[name])).to(device)
+    idx = torch.randint(65, (max(1, tokens // T), T), device=device)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model(idx, idx)[1]
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss
+
+    step.forward, step.inputs = lambda: model(idx, idx)[1], list(model.parameters())
+    return step
+
+
+class FusedDecoder(nano_reuse.Decoder):
+    """The dense twin's cache with PyTorch's fused attention instead of a row of scores that is written out."""
+
+    @torch.no_grad()
+    def __call__(self, idx):
+        model, T = self.model, idx.size(1)
+        x = model.wte(idx[:, -1:]) + model.wpe.weight[T - 1:T]
+        for block, K, V in zip(model.h, self.keys, self.values):
+            q, K[:, :, T - 1:T], V[:, :, T - 1:T] = block.attn.heads(block.ln_1(x))
+            x = x + block.attn.merge(F.scaled_dot_product_attention(q, K[:, :, :T], V[:, :, :T]))
+            x = x + block.mlp(block.ln_2(x))
+        self.length = T
+        return model.read_out(x[:, -1])[0]
+
+
+def reuse(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"training step, 6 layers, 2 heads of 64, P = 3, {args.tokens:,} tokens, forward and backward; {machine()}\n")
+    rows = [["T", "attention", "saved bytes", "peak bytes", "time", "vs eager dense", "vs fused dense"]]
+    for T in args.T:
+        steps = {name: reuse_step(name, T, args.tokens, device) for name in REUSE}
+        times = in_turns(steps, args.runs, device)
+        for name, step in steps.items():
+            rows.append([f"{T}", name, kept_bytes(step.forward, step.inputs), peak_bytes("reuse", name, T, args.tokens, device),
+                         f"{1000 * times[name]:.1f} ms", f"{times['eager dense'] / times[name]:.2f}x", f"{times['fused dense'] / times[name]:.2f}x"])
+        del steps
+    print(nano.table(rows))
+    rows = [["decoding, 8 sequences", "cache, bytes a token", "time a token", "vs dense", "vs fused dense"]]
+    context, count = 4096, 8
+    s = nano_reuse.Settings(n_head=6, n_embd=384, block_size=context)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    idx = torch.zeros(count, context, dtype=torch.long, device=device)
+    decoders = {}
+    for name, P, kind in (("dense", 0, nano_reuse.Decoder), ("dense, fused", 0, FusedDecoder), ("reuse, P = 3", 3, nano_reuse.Decoder),
+                          ("reuse, P = 5", 5, nano_reuse.Decoder)):
+        decoders[name] = kind(nano_reuse.GPT(nano_reuse.dataclasses.replace(s, reuse_layers=P)).to(device, dtype).eval(), count)
+
+    def token(decoder):
+        decoder.length = context - 1
+        return decoder(idx)
+
+    first = token(decoders["dense"])
+    decoders["dense, fused"].model.load_state_dict(decoders["dense"].model.state_dict())
+    torch.testing.assert_close(token(decoders["dense, fused"]), first, atol=1e-2, rtol=1e-2)
+    times = in_turns({name: (lambda d=d: token(d)) for name, d in decoders.items()}, 3 * args.runs, device)
+    for name, d in decoders.items():
+        rows.append([name, d.bytes_per_token(), f"{1000 * times[name]:.1f} ms", f"{times['dense'] / times[name]:.2f}x",
+                     f"{times['dense, fused'] / times[name]:.2f}x"])
+    print(f"\n6 layers, 6 heads of 64, context {context:,}\n")
+    print(nano.table(rows))
+
+
+STEPS = {"ssa": ssa_step, "reuse": reuse_step}
 
 
 # base: the loop that nanoGPT's README and config/train_shakespeare_char.py describe, written plainly
@@ -320,18 +403,19 @@ def base(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    p = commands.add_parser("ssa")
-    p.add_argument("--T", type=int, nargs="+", default=[256, 1024, 4096])
-    p.add_argument("--tokens", type=int, default=4096)
-    p.add_argument("--runs", type=int, default=7)
-    p.set_defaults(run=ssa)
+    for bench in (ssa, reuse):
+        p = commands.add_parser(bench.__name__)
+        p.add_argument("--T", type=int, nargs="+", default=[256, 1024, 4096])
+        p.add_argument("--tokens", type=int, default=4096)
+        p.add_argument("--runs", type=int, default=7)
+        p.set_defaults(run=bench)
     p = commands.add_parser("base")
     p.add_argument("--train", action="store_true")
     p.add_argument("--runs", type=int, default=7)
     p.add_argument("--seed", type=int, default=1337)
     p.set_defaults(run=base)
     p = commands.add_parser("peak")
-    p.add_argument("name"), p.add_argument("T", type=int), p.add_argument("tokens", type=int)
-    p.set_defaults(run=lambda a: peak(a.name, a.T, a.tokens))
+    p.add_argument("bench"), p.add_argument("name"), p.add_argument("T", type=int), p.add_argument("tokens", type=int)
+    p.set_defaults(run=lambda a: peak(a.bench, a.name, a.T, a.tokens))
     args = parser.parse_args()
     args.run(args)

@@ -45,7 +45,7 @@ def oracle(model, s, idx):
     below, found = None, []
     for layer, block in enumerate(model.h):
         K = s.reuse_heads if s.first_reuse_layer <= layer < s.first_reuse_layer + s.reuse_layers else 0
-        W = block.attn.c_attn.weight
+        W = torch.cat([m.weight for m in (block.attn.c_q, block.attn.c_k, block.attn.c_v) if m is not None])
         h = F.layer_norm(x, (s.n_embd,), block.ln_1.weight, block.ln_1.bias, 1e-5)
         assert W.shape == (D * (2 * (H - K) + H), s.n_embd)
         part = lambda n: h @ W[n * D:(n + 1) * D].T  # (B, T, D)
@@ -141,17 +141,19 @@ def test_reusing_layers_train_the_queries_and_keys_of_their_source(impl):
     model, idx = model_of(s), tokens(T=17)
     model.h[0].attn.c_proj.weight.data.zero_()
     loss = lambda: F.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten())  # in float64
-    W = model.h[0].attn.c_attn.weight
-    gradient, = torch.autograd.grad(loss(), W)
-    assert gradient[:64].abs().max() > 1e-4 and gradient[64:].abs().max() == 0  # queries and keys; values
-    for at in ((3, 5), (40, 7), (63, 31)):
-        with torch.no_grad():
-            W[at] += 1e-5
-            up = loss()
-            W[at] -= 2e-5
-            down = loss()
-            W[at] += 1e-5
-        assert gradient[at].item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5, abs=1e-9)
+    attn = model.h[0].attn
+    assert torch.autograd.grad(loss(), attn.c_v.weight)[0].abs().max() == 0
+    for W in (attn.c_q.weight, attn.c_k.weight):
+        gradient, = torch.autograd.grad(loss(), W)
+        assert gradient.abs().max() > 1e-4
+        for at in ((3, 5), (17, 7), (31, 31)):
+            with torch.no_grad():
+                W[at] += 1e-5
+                up = loss()
+                W[at] -= 2e-5
+                down = loss()
+                W[at] += 1e-5
+            assert gradient[at].item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5, abs=1e-9)
 
 
 def test_parameters_are_those_of_the_formula():
@@ -162,9 +164,9 @@ def test_parameters_are_those_of_the_formula():
                 model = nano.GPT(s)
                 matrices = sum(p.numel() for p in model.h.parameters() if p.ndim == 2)
                 assert matrices == L * 12 * 32 ** 2 - P * 2 * 32 * K * 8
-                owners = [layer for layer, block in enumerate(model.h) if block.attn.c_attn.out_features != 96]
-                assert owners == (list(range(1, P + 1)) if K else [])
-                assert all(p.grad is None for p in model.parameters())
+                names = {name for name, _ in model.named_parameters() if ".c_q." in name or ".c_k." in name}
+                owners = [layer for layer in range(L) if K < 4 or not 1 <= layer <= P]
+                assert names == {f"h.{layer}.attn.c_{x}.weight" for layer in owners for x in "qk"}
     s = settings()
     model = nano.GPT(s)
     model(tokens(), tokens())[1].backward()
@@ -417,8 +419,9 @@ def test_best_match_repairs_permuted_heads(run):
     for block in model.h:
         for m in (block.attn, block.mlp):
             m.c_proj.weight.data.zero_()  # both layers read the embedding
-    a, b = (block.attn.c_attn.weight.data for block in model.h)
-    b[:64] = a[:64].view(2, 2, 16, 32).flip(1).reshape(64, 32)
+    for name in ("c_q", "c_k"):
+        a, b = (getattr(block.attn, name).weight.data for block in model.h)
+        b.copy_(a.view(2, 16, 32).flip(0).reshape(32, 32))
     model.h[1].ln_1.weight.data.copy_(model.h[0].ln_1.weight.data)
     torch.nn.init.normal_(model.h[1].attn.c_proj.weight, std=0.3)
     c = nano.redundancy(run, "dense", model)["copied_maps"]

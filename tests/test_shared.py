@@ -212,7 +212,7 @@ def test_parameters_are_those_of_gpt2():
         model = nano.GPT(nano.Settings(**{**nano.SIZES["gpt2"], "bias": True, "vocab_size": 50257}))
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
     block = {name.removeprefix("h.0.") for name in model.state_dict() if name.startswith("h.0.")}
-    assert block == {f"{m}.{p}" for m in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj") for p in ("weight", "bias")}
+    assert block == {f"{m}.{p}" for m in ("ln_1", "attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj") for p in ("weight", "bias")}
 
 
 def test_logits_are_those_of_transformers():
@@ -224,6 +224,8 @@ def test_logits_are_those_of_transformers():
         torch.nn.init.normal_(p, std=0.3)
     ours = nano.GPT(nano.Settings(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=True, vocab_size=65))
     state = {k: v.T if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else v for k, v in theirs.transformer.state_dict().items()}
+    for name in [name for name in state if ".c_attn." in name]:
+        state.update(zip((name.replace("c_attn", f"c_{x}") for x in "qkv"), state.pop(name).chunk(3)))
     ours.load_state_dict(state)
     idx = torch.randint(65, (3, 32))
     torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
