@@ -8,7 +8,46 @@ Reuse Transformer
     "Leveraging redundancy in attention with Reuse Transformers"
     Bhojanapalli, Chakrabarti, Veit, Lukasik, Jain, Liu, Chang and Kumar, 2021, https://arxiv.org/abs/2110.06821
 
-DOC
+A transformer computes its attention maps anew in every layer, and many of them come out much like those of the layer below.
+The paper's answer: compute them once, and let the next layers use them again. Such a layer keeps its own values and its own
+output projection, so it still does something of its own with the tokens it looks at; where to look is decided below. It has
+no query and key weights, no scores, no softmax, and in generation no keys in the cache:
+
+    a layer of its own   A = softmax(Q K^T / sqrt(D) + causal)             o_h = A_h V_h     for all heads h
+    a reusing layer      A = [A_new, A_below[:K]], H-K new heads first     o_h = A_h V_h
+
+      layer 5   Q K V   own maps                  P = 3 layers reuse (--reuse_layers), all heads of them (--reuse_heads -1),
+      layer 4   Q K V   own maps                  from layer 1 on (--first_reuse_layer): the paper's choice, P half the depth.
+      layer 3       V   <---+
+      layer 2       V   <---+                     A layer has 12 C^2 weights, of them 2 C^2 in Q and K. So reuse in 6 layers
+      layer 1       V   <---+                     pays for one more layer: 6 dense layers and 7 of which 6 reuse have exactly
+      layer 0   Q K V   ----+                     the same number of weights (the paper: 12 and 13, 24 and 26).
+
+Maps are handed up after the softmax and before dropout, and gradients flow down: a source's Q and K learn from P + 1 layers.
+
+Two implementations of this one function. probs hands up the maps, as the paper does, and really skips the scores. qk hands up
+the queries and keys that determine them and lets fused attention compute them again: for a token and head that stores 2 D
+numbers instead of T, so a map is the larger one from T = 2 D on, 128 for heads of 64; and to read a map from memory takes
+longer than to compute it again where a device does 100 and more operations in the time of moving a byte. So training and
+prompts use qk. Generation is where literal reuse pays: one row of a map is small, and the keys need not be read, or kept.
+
+    python nano_reuse.py                        # train, evaluate, sample; within 3 minutes on 2 CPU cores
+    python nano_reuse.py --compare              # beside the dense twin, the deeper model and a dense one of equal size
+    python nano_reuse.py --reuse_heads 2 --reuse_layers 4       # partial reuse: half of the heads, most of the layers
+
+FOUND
+
+What is the paper's and what is ours. Written from the abstract, the results table and the authors' TensorFlow code
+(tensorflow/models, official/nlp/modeling/layers/reuse_attention.py and reuse_transformer.py):
+ 1. Theirs: what is reused (after softmax and mask, before dropout, no stop-gradient), the first K heads by index, new heads
+    first in what is handed up, so that for K > H/2 old maps age out; layer 0 computes, the next P reuse, the rest computes.
+ 2. Theirs: K = H, P = half the depth, or K = H/2, P = all but two layers; and the deeper model of equal parameters.
+ 3. Theirs has no causal mask: BERT, T5 and ViT. A causal language model is our extrapolation.
+ 4. The order in which values meet the maps is ours (new heads first as well); they keep two groups of values and add the
+    outputs up. It is the same function, since every layer learns its own values and output projection.
+ 5. qk, the cached generation, first_reuse_layer and the narrow arm are ours.
+ 6. Similarity is by total variation, as in the paper. Best match over heads, averaged over heads, sequences and queries, is
+    our reading of it, and leaving out the first queries and all controls are ours.
 """
 import argparse
 import contextlib
@@ -395,7 +434,7 @@ class GPT(nn.Module):
 
 def dense_twin(s):
     """The same model in which every layer computes its own maps, with fused attention."""
-    return GPT(dataclasses.replace(s, reuse_layers=0, reuse_impl="qk"))
+    return build("dense", s)
 
 
 class Decoder:
@@ -848,12 +887,13 @@ ARMS = ("technique", "dense", "deeper", "narrow")  # the first is trained always
 
 
 def settings_of(arm, s):
-    """deeper: reuse in 6 layers pays for one more layer, weight for weight (a layer has 12 C^2, of them Q and K 2 C^2)."""
+    """The settings of an arm's model. deeper: reuse in 6 layers pays for one more (a layer has 12 C^2 weights, Q and K 2 C^2)."""
     if arm == "technique":
         return s
-    more = max(1, s.n_layer // 12)
-    return dataclasses.replace(s, **dict(n_layer=s.n_layer + more, reuse_layers=6 * more, reuse_heads=s.n_head, first_reuse_layer=1)
-                               if arm == "deeper" else dict(reuse_layers=0, reuse_impl="qk"))
+    if arm == "deeper":
+        more = max(1, s.n_layer // 12)
+        return dataclasses.replace(s, n_layer=s.n_layer + more, reuse_layers=6 * more, reuse_heads=s.n_head, first_reuse_layer=1)
+    return dataclasses.replace(s, reuse_layers=0, reuse_impl="qk")  # dense attention is always the fused one
 
 
 def hidden_sizes(arm, s):
