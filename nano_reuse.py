@@ -20,20 +20,21 @@ no query and key weights, no scores, no softmax, and in generation no keys in th
       layer 4   Q K V   own maps                  from layer 1 on (--first_reuse_layer): the paper's choice, P half the depth.
       layer 3       V   <---+
       layer 2       V   <---+                     A layer has 12 C^2 weights, of them 2 C^2 in Q and K. So reuse in 6 layers
-      layer 1       V   <---+                     pays for one more layer: 6 dense layers and 7 of which 6 reuse have exactly
-      layer 0   Q K V   ----+                     the same number of weights (the paper: 12 and 13, 24 and 26).
+      layer 1       V   <---+                     pays for one more layer: 6 dense layers and 7, of which 6 reuse, have equally
+      layer 0   Q K V   ----+                     many weights (LayerNorms aside), as have 12 and 13 or, in the paper, 24 and 26.
 
-Maps are handed up after the softmax and before dropout, and gradients flow down: a source's Q and K learn from P + 1 layers.
+Maps are handed up after the softmax and before dropout, and gradients flow down: Q and K of layer 0 learn from P + 1 layers.
 
-Two implementations of this one function. probs hands up the maps, as the paper does, and really skips the scores. qk hands up
-the queries and keys that determine them and lets fused attention compute them again: for a token and head that stores 2 D
-numbers instead of T, so a map is the larger one from T = 2 D on, 128 for heads of 64; and to read a map from memory takes
-longer than to compute it again where a device does 100 and more operations in the time of moving a byte. So training and
-prompts use qk. Generation is where literal reuse pays: one row of a map is small, and the keys need not be read, or kept.
+Two implementations of this one function. probs hands up the maps, as the authors' code does, and really skips the scores. qk
+hands up the queries and keys that determine them, and fused attention computes them again. For a token and head that keeps 2 D
+numbers instead of T: a map is the larger one beyond T = 2 D, 128 for heads of 64. And 16-bit maps cost D operations a byte to
+compute again, while an H100 does 295 in the time of moving one (989e12 and 3.35e12 a second by its data sheet): the scores
+are the cheap part of attention there. So training and prompts use qk. Generation is where literal reuse pays: one row of a
+map is small, and the keys of reused heads need not be read, or kept.
 
     python nano_reuse.py                        # train, evaluate, sample; within 3 minutes on 2 CPU cores
-    python nano_reuse.py --compare              # beside the dense twin, the deeper model and a dense one of equal size
-    python nano_reuse.py --reuse_heads 2 --reuse_layers 4       # partial reuse: half of the heads, most of the layers
+    python nano_reuse.py --compare              # beside the dense twin, the deeper model, and a dense one with as few weights
+    python nano_reuse.py --reuse_heads 2 --reuse_layers 4       # partial reuse
 
 FOUND
 
@@ -41,13 +42,15 @@ What is the paper's and what is ours. Written from the abstract, the results tab
 (tensorflow/models, official/nlp/modeling/layers/reuse_attention.py and reuse_transformer.py):
  1. Theirs: what is reused (after softmax and mask, before dropout, no stop-gradient), the first K heads by index, new heads
     first in what is handed up, so that for K > H/2 old maps age out; layer 0 computes, the next P reuse, the rest computes.
- 2. Theirs: K = H, P = half the depth, or K = H/2, P = all but two layers; and the deeper model of equal parameters.
- 3. Theirs has no causal mask: BERT, T5 and ViT. A causal language model is our extrapolation.
+ 2. Theirs: K = H with P = half the depth, or K = H/2 with P = all layers but two; and deeper models of as many weights. Of
+    their 13 layers 6 reuse. At 6 layers our deeper arm has to reuse in 6 of 7, so that all its maps come from the embeddings
+    alone: it is no copy of their experiment.
+ 3. Among the results we know none is of a decoder-only language model: this one is an extrapolation.
  4. The order in which values meet the maps is ours (new heads first as well); they keep two groups of values and add the
     outputs up. It is the same function, since every layer learns its own values and output projection.
  5. qk, the cached generation, first_reuse_layer and the narrow arm are ours.
- 6. Similarity is by total variation, as in the paper. Best match over heads, averaged over heads, sequences and queries, is
-    our reading of it, and leaving out the first queries and all controls are ours.
+ 6. Similarity by total variation is the paper's, as others report it. Best match over heads, averaged over heads, sequences
+    and queries, is our reading of it; leaving out the first queries, and all controls, are ours.
 """
 import argparse
 import contextlib
@@ -103,7 +106,7 @@ class Settings:
     # the technique
     reuse_layers: int = flag(-1, "P: how many layers reuse the maps from below (-1: half of them)", least=-1)
     reuse_heads: int = flag(-1, "K: how many heads of such a layer reuse, the others are its own (-1: all)", least=-1)
-    first_reuse_layer: int = flag(1, "the lowest of the P layers; the layer below it is their source", least=1)
+    first_reuse_layer: int = flag(1, "the lowest of these P layers", least=1)
     reuse_impl: str = flag("qk", "hand up queries and keys, for fused attention, or the maps themselves: one function",
                            choices=("qk", "probs"), free=True)
     similarity_windows: int = flag(64, "validation windows on which maps are compared", least=2, free=True)
@@ -166,15 +169,19 @@ class Settings:
     # ==== end shared
 
     def check(self):
-        self.reuse_layers = self.n_layer // 2 if self.reuse_layers < 0 else self.reuse_layers
+        room = self.n_layer - self.first_reuse_layer
+        if room < 1 < self.n_layer:
+            raise UserError(f"--first_reuse_layer {self.first_reuse_layer} is not one of the layers 1 to {self.n_layer - 1}")
+        self.reuse_layers = min(self.n_layer // 2, room) if self.reuse_layers < 0 else self.reuse_layers
         self.reuse_heads = self.n_head if self.reuse_heads < 0 else self.reuse_heads
+        if self.reuse_layers > room:
+            raise UserError(f"--reuse_layers {self.reuse_layers} is too much: of {self.n_layer} layers {room} are left from "
+                            f"--first_reuse_layer {self.first_reuse_layer} on")
         if self.reuse_heads > self.n_head:
             raise UserError(f"--reuse_heads {self.reuse_heads} is more than --n_head {self.n_head}")
-        if self.reuse_layers and self.first_reuse_layer + self.reuse_layers > self.n_layer:
-            raise UserError(f"--reuse_layers {self.reuse_layers} from layer {self.first_reuse_layer} on need --n_layer "
-                            f"{self.first_reuse_layer + self.reuse_layers} or more, not {self.n_layer}: layer 0 has nothing to reuse")
-        if self.compare and self.n_layer < 6:
-            raise UserError(f"--compare has an arm that pays for one more layer with reuse in 6: it needs --n_layer 6, not {self.n_layer}")
+        if self.compare and (self.n_layer < 6 or not self.reuse_layers * self.reuse_heads):
+            raise UserError("--compare needs --n_layer 6 or more, since one of its arms pays for a layer with reuse in 6, and "
+                            "--reuse_layers and --reuse_heads above 0")
 
 
 # ==== shared: command line
@@ -268,23 +275,23 @@ def causal_maps(q, k):
 
 
 def join(new, handed):
-    """The H heads of a layer: H-K new ones first, then the first K of those handed up (None: K = 0). Heads are in dim 1."""
-    if handed is None or not new.size(1):
-        return new if handed is None else handed
-    return torch.cat([new, handed[:, :handed.size(1) - new.size(1)]], 1)
+    """The H heads of a layer, in dim 1: H-K new ones first, then the first K of the H that were handed up (None: K = 0)."""
+    K = 0 if handed is None else handed.size(1) - new.size(1)
+    return new if K == 0 else handed if new.size(1) == 0 else torch.cat([new, handed[:, :K]], 1)
 
 
 def attend(q, k, v, handed, impl="qk", dropout=0.0):
     """One layer's attention, with new heads and reused ones:  o = dropout([A_new, A_handed[:K]]) v
 
-    q, k: (B, H-K, T, D), of the new heads; v: (B, H, T, D); handed: what the layer below handed up, None for K = 0.
+    q, k: (B, H-K, T, D), of the new heads; v: (B, H, T, D); handed: what the layer below handed up, None in layer 0.
     Returns o (B, H, T, D) and what is handed up: the maps (B, H, T, T), before dropout, or with impl "qk" the queries and
-    keys (2 x (B, H, T, D)) that determine them: the same o, and no map is ever stored. Gradients flow back through both.
+    keys (2 x (B, H, T, D)) that determine them: the same o, and with fused attention no map in memory (for 0 < K < H they are
+    copied side by side, which saves no memory over dense attention). Gradients flow through all that is handed up.
     """
     if impl == "qk":
         q, k = (join(new, below) for new, below in zip((q, k), handed or (None, None)))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout), (q, k)
-    maps = join(causal_maps(q, k), handed)                                                       # (B, H, T, T)
+    maps = join(causal_maps(q, k), handed) if q.size(1) else handed                              # (B, H, T, T)
     return F.dropout(maps, dropout) @ v, maps
 
 
@@ -363,7 +370,7 @@ class ReuseAttention(Attention):
 
     def forward(self, x, handed):  # (B, T, C), from the layer below -> (B, T, C), for the layer above
         q, k, v = self.heads(x)
-        y, handed = attend(q, k, v, handed if self.n_reused else None, self.impl, self.dropout * self.training)
+        y, handed = attend(q, k, v, handed, self.impl, self.dropout * self.training)
         return self.merge(y), handed
 
 
@@ -438,7 +445,7 @@ def dense_twin(s):
 
 
 class Decoder:
-    """Next-token logits from a cache: model.generate(idx, n, next_logits=Decoder(model, len(idx))).
+    """Next-token logits (B, vocab) from a cache: model.generate(idx, n, next_logits=Decoder(model, len(idx))).
 
     A reused head has no keys, so none are cached for it: its row of the map, one number for each token, comes from the
     layer below. dtype: of the cache, by default the weights'. The first call takes the whole prompt, each later one the
@@ -449,8 +456,8 @@ class Decoder:
     def __init__(self, model, rows, dtype=None):
         C, H, like = model.wte.embedding_dim, model.h[0].attn.n_head, model.wte.weight.detach()
         self.model, self.length = model, 0
-        shapes = [((rows, H - block.attn.n_reused, model.block_size, C // H), (rows, H, model.block_size, C // H)) for block in model.h]
-        self.keys, self.values = ([like.new_zeros(shape, dtype=dtype) for shape in kind] for kind in zip(*shapes))
+        self.keys, self.values = ([like.new_zeros(rows, heads, model.block_size, C // H, dtype=dtype) for heads in counts]
+                                  for counts in ([H - block.attn.n_reused for block in model.h], [H] * len(model.h)))
 
     def bytes_per_token(self):
         """Of the cache, for one sequence."""
@@ -467,7 +474,6 @@ class Decoder:
         for block, K, V in zip(model.h, self.keys, self.values):
             q, k, v = block.attn.heads(block.ln_1(x))
             K[:, :, start:T], V[:, :, start:T] = k, v
-            handed = handed if block.attn.n_reused else None
             if start == 0:
                 y, handed = attend(q, k, v, handed, block.attn.impl)
             else:
@@ -893,11 +899,11 @@ def settings_of(arm, s):
     if arm == "deeper":
         more = max(1, s.n_layer // 12)
         return dataclasses.replace(s, n_layer=s.n_layer + more, reuse_layers=6 * more, reuse_heads=s.n_head, first_reuse_layer=1)
-    return dataclasses.replace(s, reuse_layers=0, reuse_impl="qk")  # dense attention is always the fused one
+    return dataclasses.replace(s, reuse_layers=0, reuse_impl="qk", compare=False)  # dense attention is always the fused one
 
 
 def hidden_sizes(arm, s):
-    """Width of each MLP. narrow: dense, with as many weights removed from the MLPs as the technique removes from attention."""
+    """Width of each MLP. narrow: dense, with as many weights (biases aside) taken from the MLPs as reuse takes from attention."""
     away = s.reuse_layers * s.reuse_heads * s.n_embd // s.n_head if arm == "narrow" else 0  # 2 C weights each
     layers = settings_of(arm, s).n_layer
     return [4 * s.n_embd - away // layers - (layer < away % layers) for layer in range(layers)]
@@ -924,7 +930,8 @@ def flops_per_token(s, arm):
 
 
 def attention_flops(s, arm):
-    """Forward FLOPs of attention for a token in the paper's account: projections, q.k of the maps that are new, maps on v."""
+    """Forward FLOPs of attention for a token where reused maps are not computed again (probs): projections, q.k of the new maps,
+    maps on v."""
     C, s = s.n_embd, settings_of(arm, s)
     reused = [reused_heads(s, layer) / s.n_head for layer in range(s.n_layer)]
     return sum(8 * C * C - 4 * C * C * share + 2 * s.block_size * C * (2 - share) for share in reused)
@@ -932,7 +939,10 @@ def attention_flops(s, arm):
 
 def load_data(s, device):
     """What start() makes Run.data of."""
-    return Data(s, device)
+    data = Data(s, device)
+    if len(data.windows("val")) < 2:
+        raise UserError(f"{data.folder / 'val.bin'} is too short to compare two sequences: use a smaller --block_size")
+    return data
 
 
 def train_arm(run, arm, model):
@@ -940,42 +950,52 @@ def train_arm(run, arm, model):
 
 
 def walk(model, idx, change=lambda layer, maps, below: maps):
-    """Token ids (B, T) -> logits, and the maps (B, H, T, T) of every layer. change(layer, its maps, those of the layers
-    below) says which maps the layer uses."""
-    x, found = model.embed(idx), []
+    """Token ids (B, T) -> the last residual stream (B, T, C), and the maps (B, H, T, T) that every layer used.
+    change(layer, its maps, those used in the layers below) -> those it is to use."""
+    x, used = model.embed(idx), []
     for layer, block in enumerate(model.h):
         q, k, v = block.attn.heads(block.ln_1(x))
-        maps = join(causal_maps(q, k), found[-1] if block.attn.n_reused else None)
-        found.append(change(layer, maps, found))
-        x = x + block.attn.merge(found[-1] @ v)
+        maps = join(causal_maps(q, k), used[-1] if used else None)
+        used.append(change(layer, maps, used))
+        x = x + block.attn.merge(used[-1] @ v)
         x = x + block.mlp(block.ln_2(x))
-    return model.read_out(x)[0], found
+    return x, used
 
 
-def head_similarity(a, b, skip):
-    """Maps (B, n, T, T) and (B, m, T, T) -> (n, m): 1 - total variation, the mean over sequences and queries of
+def copied(similar, layers, match):
+    """For walk: all heads of these layers use the maps of the layer below the first of them, as they come or, with match,
+    each the one that it is most similar to. similar: (L, H, L, H)."""
+    source = layers[0] - 1
+
+    def change(layer, maps, below):
+        if layer not in layers:
+            return maps
+        return below[source][:, similar[layer, :, source].argmax(-1)] if match else below[source]
+    return change
+
+
+def head_similarity(a, b):
+    """Maps (B, n, queries, T) and (B, m, queries, T) -> (n, m): 1 - total variation, averaged over sequences and queries,
 
         1 - 1/2 sum_j |a_ij - b_ij|       1: the same, 0: disjoint
-
-    without the first queries, which see so few sources that all maps are alike (the very first one sees only itself)."""
-    distance = torch.cdist(a[:, :, skip:].flatten(2), b[:, :, skip:].flatten(2), p=1).mean(0)     # (n, m)
-    return 1 - distance / 2 / (a.size(2) - skip)
+    """
+    return 1 - torch.cdist(a.flatten(2), b.flatten(2), p=1).mean(0) / 2 / a.size(2)
 
 
-def layer_similarity(heads, L):
-    """(L H, L H) of heads -> (L, L): for every head of a layer (row) its best match among the heads of another, averaged."""
-    return heads.unflatten(0, (L, -1)).unflatten(2, (L, -1)).amax(3).mean(1)
+def layer_similarity(similar):
+    """(L, H, L, H) -> (L, L): for every head of a layer (row) its best match among the heads of another, averaged."""
+    return similar.amax(3).mean(1)
 
 
 def random_maps(s, model, idx):
-    """What maps of the same sharpness look like when queries and keys are random projections of the same layer's input:
-    each head's scores get the spread that the trained head's have. Untrained maps would be no control: they are uniform."""
+    """The maps (L of (B, H, T, T)) that random queries and keys give, projections of what each layer reads, where the scores of
+    each head and sequence have the standard deviation that the trained head's have: as sharp, but looking for nothing."""
     found = []
     causal = torch.ones(idx.size(1), idx.size(1), device=idx.device).tril()
 
-    def spread(scores):  # (B, H, T, T) -> (H, 1, 1): standard deviation within the rows
+    def spread(scores):  # (B, H, T, T) -> (B, H, 1, 1): within the rows, whose mean does not matter to a softmax
         centred = (scores - (scores * causal).sum(-1, keepdim=True) / causal.sum(-1, keepdim=True)) * causal
-        return (centred ** 2).mean((0, 2, 3)).sqrt()[:, None, None]
+        return (centred ** 2).mean((2, 3), keepdim=True).sqrt()
 
     for layer, (block, x) in enumerate(zip(model.h, model.states(idx))):
         g = torch.Generator().manual_seed(key(s.seed, "random maps", layer))
@@ -983,74 +1003,83 @@ def random_maps(s, model, idx):
         q, k, _ = block.attn.heads(x)
         rq, rk = (x[:, None] @ torch.randn(q.size(1), x.size(-1), q.size(3), generator=g).to(x) for _ in range(2))
         rq = rq * spread(q @ k.transpose(-1, -2)) / spread(rq @ rk.transpose(-1, -2))
-        found.append(join(causal_maps(rq, rk), found[-1] if block.attn.n_reused else None))
+        found.append(join(causal_maps(rq, rk), found[-1] if found else None))
     return found
 
 
 @torch.no_grad()
-def redundancy(run, arm, model):
-    """How alike the maps of a model's layers are, over windows from all of the validation split, and three controls:
+def redundancy(run, arm, model, budget=2**26):
+    """How alike the maps of a model's layers are, over windows from all of the validation split and over at most 64 queries of
+    each, the first 32 left out: they see so few sources that all maps are alike. Beside it two controls,
 
-    untrained        the same model before training
     random           random_maps
     other_sequence   maps of one sequence against those of another: what position alone explains
 
-    For the dense model also the loss on the same windows when layers use the maps of the layer below without having been
-    trained for it, heads as they come or each with its best match: one layer at a time, and all that would reuse.
+    and, for reference, the maps before training: nearly uniform, hence nearly the same. For the dense twin also the loss on
+    these windows when layers use the maps of another layer without having been trained for it. budget: numbers in the maps
+    of one chunk of windows.
     """
-    s, L = run.settings, len(model.h)
-    T, skip = s.block_size, min(32, s.block_size // 2)
-    starts = run.data.windows("val", s.eval_tokens)
-    starts = starts[np.linspace(0, len(starts) - 1, min(s.similarity_windows, len(starts))).astype(int)]
-    rows = max(1, 2**27 // (L * s.n_head * T * T))  # the maps of 512 MB
-    chunks = [(starts[at:at + rows], np.roll(starts, 1)[at:at + rows]) for at in range(0, len(starts), rows)]
+    s, L, H, T = run.settings, len(model.h), run.settings.n_head, run.settings.block_size
+    spaced = lambda first, last, most: np.linspace(first, last, min(most, last - first + 1)).astype(int)
+    starts = run.data.windows("val")
+    starts = starts[spaced(0, len(starts) - 1, s.similarity_windows)]
+    queries = spaced(min(32, T // 2), T - 1, 64)
+    rows = max(1, budget // (L * H * T * T))
     torch.manual_seed(key(s.seed, "weights"))
     untrained = build(arm, s).to(run.device).eval()
-    heads = {}
-    for these, others in chunks:
-        x, other = (run.data.rows("val", part)[0] for part in (these, others))
-        own, fresh, random, another = (torch.cat(maps, 1) for maps in (                          # (B, L H, T, T)
-            walk(model, x)[1], walk(untrained, x)[1], random_maps(s, model, x), walk(model, other)[1]))
-        for name, a, b in (("trained", own, own), ("untrained", fresh, fresh), ("random", random, random), ("other_sequence", own, another)):
-            heads[name] = heads.get(name, 0) + head_similarity(a, b, skip) * len(x) / len(starts)
-    by_layer = {name: layer_similarity(h, L) for name, h in heads.items()}
+    similar = {}
 
-    def loss(layers=(), match=False):
-        """With the maps of the layer below the first of these layers in all of them."""
-        def change(layer, maps, below):
-            if layer not in layers:
-                return maps
-            best = heads["trained"].unflatten(0, (L, -1)).unflatten(2, (L, -1))[layer, :, layers[0] - 1].argmax(-1)
-            return below[layers[0] - 1][:, best] if match else below[layers[0] - 1]
+    def add(name, a, b):
+        similar[name] = similar.get(name, 0) + head_similarity(a, b).view(L, H, L, H) * len(a) / len(starts)
 
+    def flat(maps):  # L of (B, H, T, T) -> (B, L H, queries, T)
+        return torch.cat([m[:, :, queries] for m in maps], 1)
+
+    for at in range(0, len(starts), rows):
+        x, other = (run.data.rows("val", part[at:at + rows])[0] for part in (starts, np.roll(starts, 1)))
+        own = flat(walk(model, x)[1])
+        add("trained", own, own)
+        add("other_sequence", own, flat(walk(model, other)[1]))
+        own = flat(random_maps(s, model, x))
+        add("random", own, own)
+        own = flat(walk(untrained, x)[1])
+        add("untrained", own, own)
+
+    def loss(*copying):
         total = 0.0
-        for these, _ in chunks:
-            x, y = run.data.rows("val", these)
-            total += F.cross_entropy(walk(model, x, change)[0].flatten(0, 1), y.flatten()).item() * len(x) / len(starts)
+        for at in range(0, len(starts), rows):
+            x, y = run.data.rows("val", starts[at:at + rows])
+            h = walk(model, x, *copying)[0]
+            total += model.read_out(h, y)[1].item() * len(x) / len(starts)
         return total
 
-    apart = torch.arange(L)[:, None] - torch.arange(L)  # of the layers, row minus column
-    mean = lambda m, chosen: m[chosen.to(m.device)].mean().item() if chosen.any() else None
-    found = dict(similarity=by_layer["trained"].tolist(), similarity_of=arm,
-                 similarity_control={name: m.tolist() for name, m in by_layer.items() if name != "trained"},
-                 similarity_below={name: mean(m, apart == 1) for name, m in by_layer.items()},
-                 similarity_further={name: mean(m, apart >= 2) for name, m in by_layer.items()})
+    def mean(m, further):  # of the layers above 2: the one below, or those further below, layer 0 aside
+        rows = [sum(m[i][1:i - 1]) / (i - 2) if further else m[i][i - 1] for i in range(3, L)]
+        return sum(rows) / len(rows) if rows else None
+
+    by_layer = {name: layer_similarity(m).tolist() for name, m in similar.items()}
+    found = dict(similarity=by_layer["trained"], similarity_of=arm,
+                 similarity_control={name: m for name, m in by_layer.items() if name != "trained"},
+                 similarity_below={name: mean(m, False) for name, m in by_layer.items()},
+                 similarity_further={name: mean(m, True) for name, m in by_layer.items()})
     if arm == "dense":
         reusing = [layer for layer in range(L) if reused_heads(s, layer)]
-        ways = (("identity", False), ("best_match", True))
-        found["copied_maps"] = dict(none=loss(), **{name: [loss([layer], match) for layer in range(1, L)] for name, match in ways},
-                                    **{f"all_{name}": loss(reusing, match) for name, match in ways})
+        found["copied_maps"] = dict(none=loss())
+        for name, match in ("identity", False), ("best_match", True):
+            found["copied_maps"][name] = [loss(copied(similar["trained"], [layer], match)) for layer in range(1, L)]
+            found["copied_maps"][f"all_{name}"] = loss(copied(similar["trained"], reusing, match))
     return found
 
 
 @torch.no_grad()
 def decoding(run, context=4096, rows=8, tokens=20):
-    """Bytes of the cache for a token, and tokens a second of greedy decoding at a long context, of the dense twin and of the
-    technique: models of this run's size with untrained weights and room for the context, in turns, medians."""
-    s = dataclasses.replace(run.settings, block_size=context)
-    decoders, seconds = {}, dict(dense=[], reuse=[])
-    for name, arm in ("dense", "dense"), ("reuse", "technique"):
-        decoders[name] = Decoder(build(arm, s).to(run.device, run.dtype).eval(), rows)
+    """Bytes of the cache for a token, and tokens a second of a decoding step at a long context, of the dense twin and of the
+    technique: models of this run's size with untrained weights and caches full of zeros, in turns, medians."""
+    s = dataclasses.replace(run.settings, block_size=context, compare=False)
+    torch.manual_seed(key(s.seed, "decoding"))
+    decoders = {name: Decoder(build(arm, s).to(run.device, run.dtype).eval(), rows)
+                for name, arm in (("dense", "dense"), ("reuse", "technique"))}
+    seconds = {name: [] for name in decoders}
     idx = torch.zeros(rows, context, dtype=torch.long, device=run.device)
     for turn in range(tokens):
         for name, decoder in decoders.items():
@@ -1058,52 +1087,54 @@ def decoding(run, context=4096, rows=8, tokens=20):
             start = time.perf_counter()
             decoder(idx[:, :decoder.length + 1]).argmax(-1)[0].item()  # waits for the device
             seconds[name].append(time.perf_counter() - start)
-    return dict(kv_cache_bytes_per_token={name: d.bytes_per_token() for name, d in decoders.items()},
-                decode_context=context, decode_tokens_per_second={name: rows / statistics.median(t) for name, t in seconds.items()})
+    return dict(kv_cache_bytes_per_token={name: d.bytes_per_token() for name, d in decoders.items()}, decode_context=context,
+                decode_tokens_per_second={name: rows / statistics.median(t) for name, t in seconds.items()})
 
 
 def evaluate_arm(run, arm, model):
     s = run.settings
-    found = redundancy(run, arm, model.eval()) if arm in ("technique", "dense") else {}
+    found = redundancy(run, arm, model.eval()) if arm == ("dense" if s.compare else "technique") else {}
     if arm == "technique":
         found.update(decoding(run), attention_flops_ratio=attention_flops(s, arm) / attention_flops(s, "dense"))
     return found
 
 
 def report(run, arms, model):
-    """The map of similarities, as a picture as well where matplotlib is, what copying costs, decoding, and a sample."""
+    """The tables, the map of similarities as a picture where matplotlib is installed, and a sample."""
     e = arms["technique"]["evaluation"]
-    if "dense" in arms:  # the claim is about a model that was free to compute its own maps
-        e.update({name: v for name, v in arms["dense"]["evaluation"].items()})
-    of, L = {"dense": "the dense twin", "technique": "this model, in which some are the same"}[e["similarity_of"]], len(e["similarity"])
-    print(f"\nHow alike the attention maps of two layers are (1 - total variation, best match of heads), in {of}:",
-          table([["", *(f"layer {i}" for i in range(L))], *([f"layer {i}", *(f"{v:.2f}" for v in row)] for i, row in enumerate(e["similarity"]))]),
-          sep="\n")
-    rows = [["mean over pairs of layers", "the layer below", "further below"]]
-    for name, label in (("trained", "trained"), ("random", "random queries and keys"), ("other_sequence", "of another sequence"),
-                        ("untrained", "before training")):
-        rows.append([label, e["similarity_below"][name], e["similarity_further"][name]])
-    print("\n" + table(rows))
+    if "dense" in arms:  # the claim is about a model whose layers were free to have maps of their own
+        e.update(arms["dense"]["evaluation"])
+    similarity, whose = e.get("similarity", []), {"dense": "the dense twin"}.get(e.get("similarity_of"), "this model")
+    layers = [f"layer {i}" for i in range(len(similarity))]
+    if similarity:
+        print(f"\nHow alike the attention maps of two layers are, in {whose}: 1 - total variation, each head of the layer on the left",
+              "with its best match in the other." + (" --compare measures the dense twin." if "copied_maps" not in e else ""),
+              table([["", *layers], *([name, *(f"{v:.2f}" for v in row)] for name, row in zip(layers, similarity))]), sep="\n")
     if "copied_maps" in e:
+        rows = [["mean over layers 3 and up", "and the layer below", "and those further below, without layer 0"]]
+        for name, label in (("trained", "trained"), ("random", "random queries and keys"), ("other_sequence", "of another sequence"),
+                            ("untrained", "before training")):
+            rows.append([label, e["similarity_below"][name], e["similarity_further"][name]])
         c = e["copied_maps"]
-        rows = [["loss when maps are copied, untrained for it", "none", *(f"layer {i}" for i in range(1, L)), "all that reuse"]]
-        rows += [[label, c["none"], *c[name], c[f"all_{name}"]] for name, label in
-                 (("identity", "from the layer below, heads as they come"), ("best_match", "each head from its best match"))]
-        print("\n" + table(rows))
-    rows = [["", "dense", "reuse"], ["cache, bytes a token", *e["kv_cache_bytes_per_token"].values()],
-            [f"decoding at context {e['decode_context']:,}, tokens/s", *e["decode_tokens_per_second"].values()],
-            ["attention FLOPs, in the paper's account", 1.0, e["attention_flops_ratio"]]]
-    print("\n" + table(rows))
+        more = [["loss with copied maps, not trained for it", "heads as they come", "each head its best match"], ["none", c["none"], c["none"]]]
+        more += [[f"{name}, from the layer below", *pair] for name, *pair in zip(layers[1:], c["identity"], c["best_match"])]
+        more += [["all heads of all layers that reuse", c["all_identity"], c["all_best_match"]]]
+        print("\n" + table(rows), table(more), sep="\n\n")
+    print("\n" + table([["", "dense", "reuse"], ["cache, bytes a token", *e["kv_cache_bytes_per_token"].values()],
+                        [f"decoding at context {e['decode_context']:,}, tokens/s", *e["decode_tokens_per_second"].values()],
+                        ["attention FLOPs, reused maps not computed", 1.0, e["attention_flops_ratio"]]]))
     try:
         from matplotlib.figure import Figure
+    except ModuleNotFoundError:  # an extra
+        Figure = None
+    if Figure and similarity:
         figure = Figure(figsize=(4, 3.4), layout="constrained")
         axes = figure.subplots()
-        figure.colorbar(axes.imshow(e["similarity"], vmin=0, vmax=1), label="1 - total variation, best match of heads")
-        axes.set(xlabel="layer", ylabel="layer whose heads are matched", title=f"attention maps of {of}", xticks=range(L), yticks=range(L))
+        figure.colorbar(axes.imshow(similarity, vmin=0, vmax=1), label="1 - total variation")
+        axes.set(xlabel="layer with the best match", ylabel="layer whose heads are matched", xticks=range(len(layers)), yticks=range(len(layers)),
+                 title=f"attention maps of {whose.split(' (')[0]}")
         figure.savefig(run.out / "similarity.png", dpi=120)
-    except ModuleNotFoundError:  # matplotlib is an extra
-        pass
-    sample(run, model)
+    sample(run, model, next_logits=Decoder(model, 1, run.dtype))
 
 
 # ==== shared: main
@@ -1236,13 +1267,13 @@ def work(s):
     return results
 
 
-def sample(run, model):
-    """Print text that goes on from --prompt."""
+def sample(run, model, **how):
+    """Print text that goes on from --prompt. how: further arguments of model.generate."""
     s = run.settings
     torch.manual_seed(key(s.seed, "sample"))
     idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
     with run.autocast():
-        idx = model.generate(idx, s.sample_tokens, s.temperature, s.top_k)
+        idx = model.generate(idx, s.sample_tokens, s.temperature, s.top_k, **how)
     print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
 
 

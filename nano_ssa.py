@@ -1171,13 +1171,13 @@ def work(s):
     return results
 
 
-def sample(run, model):
-    """Print text that goes on from --prompt."""
+def sample(run, model, **how):
+    """Print text that goes on from --prompt. how: further arguments of model.generate."""
     s = run.settings
     torch.manual_seed(key(s.seed, "sample"))
     idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
     with run.autocast():
-        idx = model.generate(idx, s.sample_tokens, s.temperature, s.top_k)
+        idx = model.generate(idx, s.sample_tokens, s.temperature, s.top_k, **how)
     print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
 
 

@@ -20,21 +20,30 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# what a script's table shows: name of the row, key in an arm of results.json (dots go into nested objects)
+# what a script's table shows: name of the row, key in an arm of results.json (dots go into nested objects and lists), and the
+# arm, where the row is about one only
 COMMON = [("validation loss, last", "val_loss"), ("validation loss, best", "best_val_loss"), ("training loss, last", "train_loss")]
 MODES = [("dense mode", "val_loss_dense_mode"), ("dense mode, best temperature", "val_loss_temperature"),
          ("one draw", "val_loss_single_draw"), *((f"ensemble of {k}", f"ensemble.{k}") for k in (2, 4, 8, 16)),
          ("top-1, dense mode", "top1_dense_mode"), ("top-1, ensemble of 16", "ensemble_top1.16")]
+MAPS = [("trained", "trained"), ("random queries and keys", "random"), ("another sequence", "other_sequence"), ("before training", "untrained")]
+COPIES = [("loss on a part of the validation split", "none"), *((f"with layer {i + 1} using the maps of layer {i}", f"identity.{i}") for i in range(5)),
+          *((f"the same, each head its best match, layer {i + 1}", f"best_match.{i}") for i in range(5)),
+          ("with all that reuse using those of layer 0", "all_identity"), ("the same, each head its best match", "all_best_match")]
 ROWS = {
     "nano_ssa": [*COMMON, *((f"{when}: {name}", f"evaluation.{where}{key}") for name, key in MODES for when, where in
                             (("before fine-tuning", "before_finetune."), ("last weights", "last."), ("best weights", "")))],
+    "nano_reuse": [("parameters", "parameters"), *COMMON,
+                   *((f"similarity to {whose}: {name}", f"evaluation.similarity_{where}.{key}", "dense") for name, key in MAPS
+                     for whose, where in (("the layer below", "below"), ("layers further below", "further"))),
+                   *((name, f"evaluation.copied_maps.{key}", "dense") for name, key in COPIES)],
 }
 
 
 def value(arm, key):
     found = arm
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
+        found = found.get(part) if isinstance(found, dict) else found[int(part)] if isinstance(found, list) and int(part) < len(found) else None
     if found is None and ".last." in key:  # the last weights are the best ones
         return value(arm, key.replace(".last.", "."))
     return found
@@ -56,14 +65,20 @@ def table(script, results):
     """A Markdown table of results.json contents, a column for each arm: mean ± standard deviation over the runs."""
     arms = list(results[0]["arms"])
     lines = [f"| {len(results)} seeds | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
-    for name, key in ROWS.get(script, COMMON):
+    def row(name, value_of):
         cells = []
         for arm in arms:
-            found = [value(r["arms"][arm], key) for r in results]
+            found = [value_of(r["arms"], arm) for r in results]
+            exact = None not in found and all(isinstance(v, int) for v in found) and len(set(found)) == 1
             spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 and None not in found else ""
-            cells.append("" if None in found else f"{statistics.mean(found):.4f}{spread}")
+            cells.append("" if None in found else f"{found[0]:,}" if exact else f"{statistics.mean(found):.4f}{spread}")
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    for name, key, *only in ROWS.get(script, COMMON):
+        row(name, lambda found, arm: value(found[arm], key) if not only or arm in only else None)
+        if key in ("val_loss", "best_val_loss") and "dense" in arms:
+            row("its difference to the dense twin's", lambda found, arm: None if arm == "dense" else found[arm][key] - found["dense"][key])
     return "\n".join(lines)
 
 

@@ -181,7 +181,7 @@ def test_the_arms_have_the_parameters_they_should():
     assert matrices(deeper) == matrices(nano.dense_twin(s)) == matrices(nano.build("dense", s))
     assert nano.settings_of("deeper", settings(n_layer=24)).n_layer == 26 and nano.settings_of("deeper", settings(n_layer=12)).reuse_layers == 6
     for changes in (dict(), dict(reuse_heads=1), dict(reuse_layers=5, reuse_heads=3), dict(n_layer=7, reuse_layers=4, reuse_heads=1)):
-        s = settings(**changes)
+        s = settings(**changes, compare=True)
         narrow = nano.build("narrow", s)
         assert matrices(narrow) == matrices(nano.GPT(s)) and all(b.attn.n_reused == 0 for b in narrow.h)
         std = narrow.h[0].mlp.c_proj.weight.std().item()
@@ -238,6 +238,11 @@ def test_dropout_is_drawn_anew_in_every_layer_and_not_handed_up():
     for y in (below, above):  # v is the identity: y is the map after dropout
         assert ((y == 0) | torch.isclose(y, 2 * maps)).all() and 0.4 < (y == 0)[maps > 0].float().mean() < 0.6
     assert not torch.equal(below, above)
+    below, handed = nano.attend(q, k, v, None, "qk", dropout=0.5)
+    above = nano.attend(none, none, v, handed, "qk", dropout=0.5)[0]
+    for y in (below, above):
+        assert ((y == 0) | torch.isclose(y, 2 * maps, atol=1e-6)).all() and 0.4 < (y == 0)[maps > 0].float().mean() < 0.6
+    assert not torch.equal(below, above)
     for impl in ("qk", "probs"):
         model = nano.GPT(settings(dropout=0.5, reuse_impl=impl))
         assert not torch.equal(model(tokens())[0], model(tokens())[0])
@@ -290,17 +295,16 @@ def test_reused_heads_have_no_keys_in_the_cache():
     assert nano.Decoder(nano.GPT(s), 1, torch.bfloat16).bytes_per_token() == 6912
 
 
-def test_a_reusing_layer_computes_no_scores_in_decoding(monkeypatch):
-    s = settings(reuse_layers=5)
-    model = nano.GPT(s).eval()
-    with FlopCounterMode(display=False) as counter:
-        model(tokens(1, 16))
+@pytest.mark.parametrize("P, K", [(5, 4), (3, 3), (0, 4)])
+def test_reused_heads_compute_no_scores_in_decoding(P, K):
+    model = nano.GPT(settings(reuse_layers=P, reuse_heads=K)).eval()
     decoder = nano.Decoder(model, 1)
     decoder(tokens(1, 15))
     with FlopCounterMode(display=False) as counter:
         decoder(tokens(1, 16))
     matrices = sum(p.numel() for p in model.h.parameters() if p.ndim == 2) + 50 * 32
-    assert counter.get_total_flops() == 2 * matrices + 2 * 16 * 32 * (1 + 6)  # q.k in one layer, the map on v in six
+    heads = 6 * 4 - P * K  # that have q.k, of 8 channels; all 24 have the map on v
+    assert counter.get_total_flops() == 2 * matrices + 2 * 16 * 8 * (heads + 24)
 
 
 # costs
@@ -317,7 +321,7 @@ def test_counted_flops_equal_the_formula(impl, changes):
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(reuse_layers=5), dict(reuse_heads=1)])
-def test_counted_attention_flops_equal_the_papers_account(changes):
+def test_counted_attention_flops_equal_the_formula(changes):
     s = settings(reuse_impl="probs", **changes)
     for arm in ("technique", "dense"):
         model = nano.build(arm, s)
@@ -335,7 +339,7 @@ def test_qk_keeps_fewer_bytes_for_the_backward_pass_than_the_dense_twin():
             loss = model(x, x)[1]  # noqa: F841 (kept alive, so that no address is used twice)
         return sum(found.values()) - sum(p.numel() * 4 for p in model.parameters() if p.untyped_storage().data_ptr() in found)
 
-    reuse, dense = kept(nano.GPT(settings(reuse_layers=3))), kept(nano.dense_twin(settings()))
+    reuse, dense = (kept(nano.GPT(settings(reuse_layers=P))) for P in (3, 0))
     assert dense - reuse == 3 * 2 * 2 * 16 * 32 * 4  # three layers without Q and K of 2 x 16 tokens, 32 channels
 
 
@@ -343,26 +347,20 @@ def test_qk_keeps_fewer_bytes_for_the_backward_pass_than_the_dense_twin():
 
 def test_total_variation():
     maps = nano.causal_maps(*(torch.randn(5, 6, 16, 8) for _ in range(2)))
-    same = nano.head_similarity(maps, maps, 4)
+    same = nano.head_similarity(maps, maps)
     torch.testing.assert_close(same.diagonal(), torch.ones(6))
     torch.testing.assert_close(same, same.T)
-    literal = 1 - 0.5 * (maps[:, 1, 4:] - maps[:, 2, 4:]).abs().sum(-1).mean()
-    torch.testing.assert_close(same[1, 2], literal)
+    torch.testing.assert_close(same[1, 2], 1 - 0.5 * (maps[:, 1] - maps[:, 2]).abs().sum(-1).mean())
     first, last = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
     first[..., 0] = last[..., 1] = 1
-    assert nano.head_similarity(first, last, 2).item() == 0, "disjoint"
-    changed = maps.clone()
-    changed[:, :, :4] = 0
-    torch.testing.assert_close(nano.head_similarity(maps, changed, 4).diagonal(), torch.ones(6)), "the first queries do not count"
+    assert nano.head_similarity(first, last).item() == 0, "disjoint"
 
 
 def test_layers_are_compared_by_the_best_match_of_heads():
     a = nano.causal_maps(*(3 * torch.randn(5, 4, 16, 8) for _ in range(2)))
-    b = a[:, [2, 0, 3, 1]]
-    both = torch.cat([a, b], 1)
-    torch.testing.assert_close(nano.layer_similarity(nano.head_similarity(both, both, 4), 2), torch.ones(2, 2))
-    one = torch.cat([a, a[:, :1].expand(-1, 4, -1, -1)], 1)  # every head of layer 1 is head 0 of layer 0, not the reverse
-    m = nano.layer_similarity(nano.head_similarity(one, one, 4), 2)
+    layers = lambda maps: nano.layer_similarity(nano.head_similarity(maps, maps).view(2, 4, 2, 4))
+    torch.testing.assert_close(layers(torch.cat([a, a[:, [2, 0, 3, 1]]], 1)), torch.ones(2, 2))
+    m = layers(torch.cat([a, a[:, :1].expand(-1, 4, -1, -1)], 1))  # every head of layer 1 is head 0 of layer 0, not the reverse
     assert m[1, 0] == pytest.approx(1) and m[0, 1] < 0.9
 
 
@@ -374,7 +372,7 @@ def test_random_maps_have_the_spread_of_the_trained_scores():
     for ours, theirs in zip(maps, nano.walk(model, idx)[1]):
         causal = torch.ones(16, 16, dtype=torch.bool).tril()
         scores = [torch.where(causal, m.log(), 0.0) for m in (ours, theirs)]  # up to a constant of the row
-        spread = [torch.where(causal, x - x.sum(-1, keepdim=True) / causal.sum(-1, keepdim=True), 0).square().mean((0, 2, 3)) for x in scores]
+        spread = [torch.where(causal, x - x.sum(-1, keepdim=True) / causal.sum(-1, keepdim=True), 0).square().mean((2, 3)) for x in scores]
         torch.testing.assert_close(*spread, atol=1e-8, rtol=1e-6)
         assert not torch.allclose(ours, theirs, atol=0.1)
     reuse = nano.random_maps(settings(), model_of(settings()), idx)
@@ -383,57 +381,90 @@ def test_random_maps_have_the_spread_of_the_trained_scores():
 
 @pytest.fixture
 def run(corpus):
-    s = nano.Settings(n_layer=3, n_head=2, n_embd=32, block_size=32, dataset=str(corpus), similarity_windows=8)
+    s = nano.Settings(n_layer=5, n_head=2, n_embd=32, block_size=64, dataset=str(corpus), similarity_windows=8)
     data = nano.Data(s, torch.device("cpu"))
     s.vocab_size = data.vocab_size
     return nano.Run(s, torch.device("cpu"), torch.float32, "", 0, 1, data)
 
 
+def test_similarity_literally(run):
+    """One pair of layers, and one of two sequences, computed by hand: 8 windows from all of the split, queries 32 and up."""
+    run.settings = s = dataclasses.replace(run.settings, reuse_layers=0)
+    model = model_of(s).float().eval()
+    found = nano.redundancy(run, "technique", model)
+    starts = run.data.windows("val")
+    starts = [starts[i * (len(starts) - 1) // 7] for i in range(8)]
+    maps = [nano.walk(model, run.data.rows("val", [start])[0])[1] for start in starts]
+
+    def by_hand(pairs, upper, lower):
+        tv = lambda a, b: 0.5 * sum((maps[i][upper][0, a] - maps[j][lower][0, b])[32:].abs().sum(-1).mean().item() for i, j in pairs) / 8
+        return sum(max(1 - tv(a, b) for b in range(2)) for a in range(2)) / 2
+
+    same, other = [(i, i) for i in range(8)], [(i, (i - 1) % 8) for i in range(8)]
+    assert found["similarity"][3][1] == pytest.approx(by_hand(same, 3, 1), abs=1e-5)
+    assert found["similarity_control"]["other_sequence"][2][2] == pytest.approx(by_hand(other, 2, 2), abs=1e-5)
+    m = found["similarity"]
+    assert found["similarity_below"]["trained"] == pytest.approx((m[3][2] + m[4][3]) / 2)
+    assert found["similarity_further"]["trained"] == pytest.approx((m[3][1] + (m[4][1] + m[4][2]) / 2) / 2)
+    assert found["similarity_of"] == "technique" and "copied_maps" not in found
+    torch.manual_seed(nano.key(s.seed, "weights"))
+    fresh = nano.redundancy(run, "technique", nano.build("technique", s).eval())
+    assert fresh["similarity"] == found["similarity_control"]["untrained"] == fresh["similarity_control"]["untrained"]
+
+
+def test_the_result_does_not_depend_on_the_size_of_the_chunks(run):
+    model = model_of(run.settings).float().eval()
+    whole, parts = (nano.redundancy(run, "dense", model, budget) for budget in (2**26, 3 * 5 * 2 * 64 * 64))
+    for name in ("similarity", *whole["similarity_control"]):
+        a, b = (torch.tensor(x[name] if name == "similarity" else x["similarity_control"][name]) for x in (whole, parts))
+        torch.testing.assert_close(a, b)
+    for name, value in whole["copied_maps"].items():
+        assert value == pytest.approx(parts["copied_maps"][name], abs=1e-5)
+
+
 def test_copied_maps(run):
     """Where a layer has the maps of the layer below anyway, copying them costs nothing; and the plain loss is the model's."""
-    s = dataclasses.replace(run.settings, reuse_layers=1)
+    run.settings = s = dataclasses.replace(run.settings, reuse_layers=1)
     model = model_of(s).float().eval()
-    run.settings = s
-    found = nano.redundancy(run, "dense", model)
-    c = found["copied_maps"]
+    c = nano.redundancy(run, "dense", model)["copied_maps"]
     starts = run.data.windows("val")
-    starts = starts[torch.linspace(0, len(starts) - 1, 8).int().tolist()]
-    x, y = run.data.rows("val", starts)
+    x, y = run.data.rows("val", [starts[i * (len(starts) - 1) // 7] for i in range(8)])
     assert c["none"] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
     assert c["identity"][0] == c["best_match"][0] == c["all_identity"] == pytest.approx(c["none"], abs=1e-6)
     assert abs(c["identity"][1] - c["none"]) > 1e-5
-    maps = nano.walk(model, x, lambda layer, maps, below: below[0] if layer == 2 else maps)
-    assert torch.equal(maps[1][2], maps[1][0])
-    for L, name in ((found["similarity"], "trained"), *((m, n) for n, m in found["similarity_control"].items())):
-        assert len(L) == len(L[0]) == 3, name
-    assert found["similarity"][1][0] == pytest.approx(1) and found["similarity_below"]["trained"] == pytest.approx((found["similarity"][1][0] + found["similarity"][2][1]) / 2)
-    assert found["similarity_further"]["trained"] == pytest.approx(found["similarity"][2][0])
-    own = [found["similarity_control"]["other_sequence"][i][i] for i in range(3)]
-    assert all(value < 0.9 for value in own), "another sequence is another sequence"
+    similar = torch.rand(5, 2, 5, 2)
+    _, used = nano.walk(model, x, nano.copied(similar, [2, 3], False))
+    assert torch.equal(used[2], used[1]) and torch.equal(used[3], used[1]) and not torch.allclose(used[4], used[1])
 
 
 def test_best_match_repairs_permuted_heads(run):
-    """Two layers with the same heads in another order: copying them as they come changes the model, by best match it does not."""
-    run.settings = s = dataclasses.replace(run.settings, n_layer=2, reuse_layers=0)
+    """Layers with the same heads in other orders: copying them as they come changes the model, by best match it does not."""
+    run.settings = s = dataclasses.replace(run.settings, n_layer=3, n_head=4, reuse_layers=0)
     model = model_of(s).float().eval()
     for block in model.h:
         for m in (block.attn, block.mlp):
-            m.c_proj.weight.data.zero_()  # both layers read the embedding
-    for name in ("c_q", "c_k"):
-        a, b = (getattr(block.attn, name).weight.data for block in model.h)
-        b.copy_(a.view(2, 16, 32).flip(0).reshape(32, 32))
-    model.h[1].ln_1.weight.data.copy_(model.h[0].ln_1.weight.data)
-    torch.nn.init.normal_(model.h[1].attn.c_proj.weight, std=0.3)
+            m.c_proj.weight.data.zero_()  # all layers read the embedding
+    for layer, order in (1, [1, 2, 3, 0]), (2, [2, 0, 1, 3]):
+        for name in ("c_q", "c_k"):
+            a, b = (getattr(model.h[i].attn, name).weight.data for i in (0, layer))
+            b.copy_(a.view(4, 8, 32)[order].reshape(32, 32))
+        model.h[layer].ln_1.weight.data.copy_(model.h[0].ln_1.weight.data)
+    torch.nn.init.normal_(model.h[2].attn.c_proj.weight, std=0.3)
+    run.settings.reuse_layers = 2
     c = nano.redundancy(run, "dense", model)["copied_maps"]
-    assert c["best_match"][0] == pytest.approx(c["none"], abs=1e-6) and abs(c["identity"][0] - c["none"]) > 1e-5
+    assert c["best_match"] == pytest.approx([c["none"]] * 2, abs=1e-6) and c["all_best_match"] == pytest.approx(c["none"], abs=1e-6)
+    assert abs(c["identity"][1] - c["none"]) > 1e-5 and abs(c["all_identity"] - c["none"]) > 1e-5
 
 
 # runs
 
 @pytest.mark.parametrize("argv, words", [
-    ("--reuse_layers 6", ["--reuse_layers 6", "--n_layer 7"]), ("--reuse_layers -2", ["--reuse_layers", "-1"]), ("--reuse_heads 5", ["--reuse_heads 5", "--n_head 4"]),
-    ("--first_reuse_layer 0", ["--first_reuse_layer", "1"]), ("--first_reuse_layer 4", ["layer 4", "--n_layer 7"]),
+    ("--reuse_layers 6", ["--reuse_layers 6", "5 are left"]), ("--reuse_layers -2", ["--reuse_layers", "-1"]),
+    ("--reuse_heads 5", ["--reuse_heads 5", "--n_head 4"]), ("--first_reuse_layer 0", ["--first_reuse_layer", "1"]),
+    ("--first_reuse_layer 6", ["--first_reuse_layer 6", "1 to 5"]), ("--first_reuse_layer 4 --reuse_layers 3", ["--reuse_layers 3", "2 are left"]),
     ("--reuse_impl flash", ["--reuse_impl flash", "probs"]), ("--compare --n_layer 4", ["--compare", "--n_layer 6"]),
+    ("--compare --reuse_heads 0", ["--compare", "--reuse_heads"]), ("--n_layer 1 --reuse_layers 1", ["--reuse_layers 1", "0 are left"]),
+    ("--similarity_windows 1", ["--similarity_windows"]),
 ])
 def test_bad_flags_get_one_line(capsys, tmp_path, argv, words):
     with pytest.raises(SystemExit) as end:
@@ -445,7 +476,7 @@ def test_bad_flags_get_one_line(capsys, tmp_path, argv, words):
 
 
 def test_half_of_the_layers_and_all_heads_reuse_by_default():
-    for argv, P in ((["--size", "tiny"], 3), (["--size", "gpt2"], 6), (["--n_layer", "1"], 0), (["--reuse_layers", "2"], 2)):
+    for argv, P in ((["--size", "tiny"], 3), (["--size", "gpt2"], 6), (["--n_layer", "1"], 0), (["--reuse_layers", "2"], 2), (["--first_reuse_layer", "5"], 1)):
         s = nano.parse(["--device", "cpu", *argv])
         assert (s.reuse_layers, s.reuse_heads) == (P, s.n_head)
 
@@ -466,8 +497,16 @@ def test_a_run_of_the_script_compares_its_arms(corpus, tmp_path):
     assert e["kv_cache_bytes_per_token"] == {"dense": 2 * 6 * 32 * 4, "reuse": 9 * 32 * 4}
     assert set(e["decode_tokens_per_second"]) == {"dense", "reuse"} and e["attention_flops_ratio"] == 0.75
     assert arms["technique"]["parameters"] == arms["narrow"]["parameters"]
-    for words in ("layer 5", "random queries and keys", "heads as they come", "decoding at context 4,096", "A sample:"):
+    for words in ("in the dense twin", "layer 5", "random queries and keys", "heads as they come", "decoding at context 4,096", "A sample:"):
         assert words in done.stdout, words
+
+
+def test_the_similarity_is_drawn(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run.out = tmp_path
+    model = nano.GPT(run.settings).eval()
+    nano.report(run, {"technique": {"evaluation": nano.evaluate_arm(run, "technique", model)}}, model)
+    assert (tmp_path / "similarity.png").read_bytes().startswith(b"\x89PNG") and "in this model" in capsys.readouterr().out
 
 
 def test_resume_goes_on_with_the_same_losses(small, tmp_path, monkeypatch):
@@ -495,7 +534,35 @@ def test_resume_goes_on_with_the_same_losses(small, tmp_path, monkeypatch):
     again = nano.main(["--resume", "--device", "cpu", "--sample_tokens", "8", *out("b")])["arms"]["technique"]
     same = ("val_loss", "best_val_loss", "train_loss", "parameters")
     assert {k: whole[k] for k in same} == {k: again[k] for k in same}
-    assert whole["evaluation"]["similarity"] == again["evaluation"]["similarity"] or whole["evaluation"]["similarity_of"] == "technique"
+    assert whole["evaluation"]["similarity"] == again["evaluation"]["similarity"] and whole["evaluation"]["similarity_of"] == "technique"
+
+
+def test_a_validation_split_of_one_window_gets_one_line(corpus, tmp_path, capsys):
+    for file in ("train.bin", "val.bin", "meta.json"):
+        (tmp_path / file).write_bytes((corpus / file).read_bytes()[:100 if file == "val.bin" else None])
+    (tmp_path / "meta.json").write_text(json.dumps({**json.loads((tmp_path / "meta.json").read_text()), "val_tokens": 50}))
+    with pytest.raises(SystemExit):
+        nano.main([*SMALL, "--dataset", str(tmp_path), "--out_dir", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert "val.bin is too short to compare two sequences" in error and error.count("\n") == 1
+
+
+def test_evaluation_alone_and_a_dropped_comparison(corpus, tmp_path, capsys):
+    """--eval_only keeps the dense twin's map; --compare taken back after the technique was evaluated leaves it without one."""
+    argv = [*SIX, "--max_iters", "2", "--dataset", str(corpus), "--similarity_windows", "2"]
+    out = ["--device", "cpu", "--sample_tokens", "2", "--out_dir", str(tmp_path / "out")]
+    first = nano.main([*argv, *out, "--compare"])["arms"]
+    again = nano.main(["--eval_only", "--similarity_windows", "2", *out])["arms"]
+    assert again["technique"]["evaluation"]["similarity"] == first["technique"]["evaluation"]["similarity"] and list(again) == list(first)
+    path = tmp_path / "out" / "results.json"
+    results = json.loads(path.read_text())
+    results["arms"] = {"technique": results["arms"]["technique"]}
+    for name in [n for n in results["arms"]["technique"]["evaluation"] if n.startswith(("similarity", "copied"))]:
+        del results["arms"]["technique"]["evaluation"][name]
+    path.write_text(json.dumps(results))
+    capsys.readouterr()
+    nano.main(["--resume", "--compare", "off", *out])
+    assert "How alike" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("impl", ["qk", "probs"])
