@@ -103,8 +103,8 @@ def test_without_reuse_it_is_the_dense_twin_to_the_bit(changes):
 def test_full_reuse_hands_the_same_maps_up(P, first):
     s = settings(reuse_layers=P, first_reuse_layer=first)
     model = model_of(s)
-    logits, maps = nano.walk(model, tokens())
-    torch.testing.assert_close(logits, model(tokens())[0], atol=1e-10, rtol=1e-10)
+    x, maps = nano.walk(model, tokens())
+    torch.testing.assert_close(x, model.states(tokens())[-1], atol=1e-10, rtol=1e-10)
     for layer in range(1, 6):
         assert torch.equal(maps[layer], maps[layer - 1]) == (first <= layer < first + P), layer
 
@@ -180,6 +180,9 @@ def test_the_arms_have_the_parameters_they_should():
     assert len(deeper.h) == 7 and [b.attn.n_reused for b in deeper.h] == [0, *[4] * 6]
     assert matrices(deeper) == matrices(nano.dense_twin(s)) == matrices(nano.build("dense", s))
     assert nano.settings_of("deeper", settings(n_layer=24)).n_layer == 26 and nano.settings_of("deeper", settings(n_layer=12)).reuse_layers == 6
+    for changes in (dict(reuse_heads=1), dict(first_reuse_layer=3), dict(reuse_impl="probs")):
+        assert matrices(nano.build("deeper", settings(**changes))) == matrices(nano.dense_twin(s)), "it reuses all heads from layer 1 on"
+        assert all(block.attn.impl == "qk" for block in nano.dense_twin(settings(**changes)).h), "dense attention is fused"
     for changes in (dict(), dict(reuse_heads=1), dict(reuse_layers=5, reuse_heads=3), dict(n_layer=7, reuse_layers=4, reuse_heads=1)):
         s = settings(**changes, compare=True)
         narrow = nano.build("narrow", s)
