@@ -425,6 +425,13 @@ def test_the_result_does_not_depend_on_the_size_of_the_chunks(run):
         assert value == pytest.approx(parts["copied_maps"][name], abs=1e-5)
 
 
+def test_the_evaluation_is_without_dropout(run):
+    run.settings = s = dataclasses.replace(run.settings, dropout=0.5)
+    model = model_of(s).float()
+    expected = nano.redundancy(run, "technique", model.eval())
+    assert nano.evaluate_arm(run, "technique", model.train())["similarity"] == expected["similarity"]
+
+
 def test_copied_maps(run):
     """Where a layer has the maps of the layer below anyway, copying them costs nothing; and the plain loss is the model's."""
     run.settings = s = dataclasses.replace(run.settings, reuse_layers=1)
