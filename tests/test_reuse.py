@@ -541,7 +541,7 @@ def test_resume_goes_on_with_the_same_losses(small, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         nano.main([*argv, *out("b")])
     monkeypatch.setattr(nano, "train", real)
-    again = nano.main(["--resume", "--device", "cpu", "--sample_tokens", "8", *out("b")])["arms"]["technique"]
+    again = nano.main(["--resume", "--device", "cpu", "--sample_tokens", "8", "--similarity_windows", "2", *out("b")])["arms"]["technique"]
     same = ("val_loss", "best_val_loss", "train_loss", "parameters")
     assert {k: whole[k] for k in same} == {k: again[k] for k in same}
     assert whole["evaluation"]["similarity"] == again["evaluation"]["similarity"] and whole["evaluation"]["similarity_of"] == "technique"
