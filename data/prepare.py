@@ -44,6 +44,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
@@ -197,7 +199,7 @@ def openwebtext(args, folder: Path, tmp: Path) -> dict:
     workers = min(os.cpu_count() or 1, 32)  # one process reads: it cannot feed more
     done = 0
     # The processes come before `datasets` is imported: forking after that library has started its threads may deadlock.
-    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool, \
+    with processes(workers) as pool, \
             open(tmp / "train.bin", "wb") as train, open(tmp / "val.bin", "wb") as val, \
             tqdm(total=args.max_docs, unit=" documents", disable=None) as bar:
         documents = islice(read_documents(args.shards), args.max_docs)
@@ -208,8 +210,8 @@ def openwebtext(args, folder: Path, tmp: Path) -> dict:
                     (train if done % 2000 else val).write(ids)
                     done += 1
                 bar.update(len(tokens))
-        except multiprocessing.TimeoutError as e:
-            raise Error("a tokenizing process no longer answers; it may have run out of memory: close other programs and "
+        except BrokenProcessPool as e:
+            raise Error("a tokenizing process was ended from outside; it may have run out of memory: close other programs and "
                         "run again") from e
     if done < 2:
         raise Error(f"found {done} documents with text; at least 2 are needed, one to train and one to validate on")
@@ -255,16 +257,31 @@ def encode_documents(texts: list[str]) -> list[np.ndarray]:
     return [np.array(gpt2().encode_ordinary(text) + [gpt2().eot_token], "<u2") for text in texts]
 
 
+@contextlib.contextmanager
+def processes(workers: int):
+    """A pool that is running already and that Ctrl-C leaves to the main process. On an error its processes are killed: to wait
+    until they have all stopped in good order may take for ever (multiprocessing.Pool.terminate sometimes does)."""
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool.submit(int).result()
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown(wait=False)
+        raise
+    pool.shutdown()
+
+
 def in_order(pool, function, chunks, ahead: int):
-    """pool.imap, but an error in `chunks` is raised here instead of travelling through a worker, at most `ahead` results wait
-    in memory, and a worker that was killed is noticed (a chunk takes far less than a second)."""
+    """pool.map, but at most `ahead` results wait in memory."""
     pending = deque()
     for chunk in chunks:
-        pending.append(pool.apply_async(function, (chunk,)))
+        pending.append(pool.submit(function, chunk))
         if len(pending) == ahead:
-            yield pending.popleft().get(timeout=600)
+            yield pending.popleft().result()
     while pending:
-        yield pending.popleft().get(timeout=600)
+        yield pending.popleft().result()
 
 
 CORPORA = {"shakespeare_char": shakespeare_char, "shakespeare": shakespeare, "stdlib": stdlib, "openwebtext": openwebtext}

@@ -574,7 +574,8 @@ def test_openwebtext_broken_shard(data, bpe, tmp_path, offline):
 STAND_IN = '''
 def load_dataset(*args, **kwargs):
     assert args == ("Skylion007/openwebtext",) and kwargs == {"split": "train", "streaming": True}
-    yield from ({"text": f"document {i}"} for i in range(4100))
+    for i in range(4100):
+        yield {"text": f"document {i}"}
 '''
 
 
@@ -606,9 +607,10 @@ def test_openwebtext_from_the_hub(data, bpe, hub):
     ("def load_dataset(*args, **kwargs): raise ConnectionError('no\\nnetwork')", ["Skylion007/openwebtext", "no network"]),
     (STAND_IN + "    from huggingface_hub.errors import HTTPError\n    raise HTTPError('reset')", ["HTTPError: reset"]),
     ("import logging" + STAND_IN + "    logging.error('noise')\n    raise TimeoutError('slow')", ["TimeoutError: slow"]),
+    ("import multiprocessing" + STAND_IN + "        if i == 2000: multiprocessing.active_children()[0].kill()\n", ["ended from outside"]),
     ("def load_dataset(*args, **kwargs): return [{'url': 'x', 'id': 1}]", ["columns url, id"]),
     ("def load_dataset(*args, **kwargs): return [{'text': x} for x in ('one', '', None)]", ["found 1 documents"]),
-], ids=["absent", "no network", "broken off", "logs", "no text column", "too few"])
+], ids=["absent", "no network", "broken off", "logs", "killed", "no text column", "too few"])
 def test_openwebtext_hub_errors(data, bpe, hub, source, parts):
     hub(source)
     fails(run(data, "openwebtext"), *parts)
