@@ -21,15 +21,15 @@ no query and key weights, no scores, no softmax, and in generation no keys in th
       layer 3       V   <---+
       layer 2       V   <---+                     A layer has 12 C^2 weights, of them 2 C^2 in Q and K. So reuse in 6 layers
       layer 1       V   <---+                     pays for one more layer: 6 dense layers and 7, of which 6 reuse, have equally
-      layer 0   Q K V   ----+                     many weights (LayerNorms aside), as have 12 and 13 or, in the paper, 24 and 26.
+      layer 0   Q K V   ----+                     many weights (LayerNorms aside); the paper compares 12 and 13, and 24 and 26.
 
 Maps are handed up after the softmax and before dropout, and gradients flow down: Q and K of layer 0 learn from P + 1 layers.
 
 Two implementations of this one function. probs hands up the maps, as the authors' code does, and really skips the scores. qk
 hands up the queries and keys that determine them, and fused attention computes them again. For a token and head that keeps 2 D
 numbers instead of T: a map is the larger one beyond T = 2 D, 128 for heads of 64. And 16-bit maps cost D operations a byte to
-compute again, while an H100 does 295 in the time of moving one (989e12 and 3.35e12 a second by its data sheet): the scores
-are the cheap part of attention there. So training and prompts use qk. Generation is where literal reuse pays: one row of a
+compute again, while an H100 does 295 in the time of moving one (989e12 and 3.35e12 a second by its data sheet): by this count,
+without softmax and not measured, to compute again is cheaper there. So training and prompts use qk. Generation is where literal reuse pays: one row of a
 map is small, and the keys of reused heads need not be read, or kept.
 
     python nano_reuse.py                        # train, evaluate, sample; within 3 minutes on 2 CPU cores
@@ -43,20 +43,22 @@ CPU, 1 thread, float32, torch 2.13.0 (README has the whole table and the sweep o
 
                                        reuse           dense twin      deeper: 6 of 7    narrow: thinner MLPs
     parameters                       621,888         677,184         677,376           621,888
-    validation loss                1.665 ± 0.004   1.676 ± 0.002   1.649 ± 0.006     1.681 ± 0.006
+    validation loss, last = best   1.665 ± 0.004   1.676 ± 0.002   1.649 ± 0.006     1.681 ± 0.006
     minus the dense twin's        -0.011 ± 0.003                  -0.027 ± 0.005     0.005 ± 0.004
 
     maps of the dense twin:    trained          another sequence   random Q, K      before training
     like the layer below     0.325 ± 0.004      0.245 ± 0.006    0.134 ± 0.005      0.980 ± 0.000
     like those further below 0.309 ± 0.013      0.254 ± 0.008    0.121 ± 0.011      0.980 ± 0.000
 
-  - Reuse learns faster at first, and ends up a little behind with its 8% fewer weights, or level with as many: after 1,500
-    steps the dense twin has 1.547 ± 0.005, reuse 1.557 ± 0.002, the deeper model 1.548 ± 0.004 (commands in README).
-  - The maps that are replaced were not alike: neighbours share a third of their attention, hardly more than layers further apart,
-    and position alone explains a quarter. Layer 0, the one that is reused, is the least like the others.
-  - Without training for it, copied maps cost 0.02 to 0.08 nats in one layer and 0.27 in the three that reuse.
+  - Reuse is ahead in this short run, slightly behind in a longer one with its 8% fewer weights, and level with as many: after
+    1,500 steps the dense twin has 1.547 ± 0.005, reuse 1.557 ± 0.002, the deeper model 1.548 ± 0.004 (commands in README).
+  - The maps that are replaced were not alike: layers 1, 2, 3 have a similarity of 0.27, 0.26, 0.25 to layer 0, no more than maps
+    of another sequence. The table is about layers 3 to 5: a third, hardly more to the layer below than to those further below.
+  - Without training for it, copied maps cost 0.02 to 0.08 nats in one layer and 0.27 in the three that reuse (0.22 with each
+    head's best match).
 
-What it costs. python tests/bench.py reuse, forward and backward of 6 layers of 128 with 2 heads of 64, P = 3, same CPU, 2 threads:
+What it costs. python tests/bench.py reuse, forward and backward of 6 layers of 128 with 2 heads of 64, P = 3, Intel Xeon
+at 2.5 GHz, 2 threads:
 
     T = 1024            time      kept for backward     T = 4096            time      kept for backward
     eager dense        1338 ms        415 MB            eager dense        4510 ms       1113 MB
@@ -71,7 +73,7 @@ What it costs. python tests/bench.py reuse, forward and backward of 6 layers of 
 What is the paper's and what is ours. Written from the abstract, the results table and the authors' TensorFlow code
 (tensorflow/models, official/nlp/modeling/layers/reuse_attention.py and reuse_transformer.py):
  1. Theirs: what is reused (after softmax and mask, before dropout, no stop-gradient), the first K heads by index, new heads
-    first in what is handed up, so that for K > H/2 old maps age out; layer 0 computes, the next P reuse, the rest computes.
+    first in what is handed up, so that for H/2 < K < H old maps age out; layer 0 computes, the next P reuse, the rest computes.
  2. Theirs: K = H with P = half the depth, or K = H/2 with P = all layers but two; and deeper models of as many weights. Of
     their 13 layers 6 reuse. At 6 layers our deeper arm has to reuse in 6 of 7, so that all its maps come from the embeddings
     alone: it is no copy of their experiment.
