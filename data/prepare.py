@@ -259,8 +259,8 @@ def encode_documents(texts: list[str]) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def processes(workers: int):
-    """A pool that is running already and that Ctrl-C leaves to the main process. On an error its processes are killed: to wait
-    until they have all stopped in good order may take for ever (multiprocessing.Pool.terminate sometimes does)."""
+    """A pool that is running already and that Ctrl-C leaves to the main process. On an error its processes are killed,
+    not asked to stop: a run must name its error, and never wait for a process instead."""
     pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     pool.submit(int).result()
     try:

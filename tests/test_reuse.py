@@ -541,9 +541,12 @@ def test_resume_goes_on_with_the_same_losses(small, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         nano.main([*argv, *out("b")])
     monkeypatch.setattr(nano, "train", real)
+    steps, batch = [], nano.Data.batch
+    monkeypatch.setattr(nano.Data, "batch", lambda data, step, turn: steps.append(step) or batch(data, step, turn))
     again = nano.main(["--resume", "--device", "cpu", "--sample_tokens", "8", "--similarity_windows", "2", *out("b")])["arms"]["technique"]
     same = ("val_loss", "best_val_loss", "train_loss", "parameters")
     assert {k: whole[k] for k in same} == {k: again[k] for k in same}
+    assert steps == list(range(10, 20)), "from the checkpoint on, not from the beginning"
     assert whole["evaluation"]["similarity"] == again["evaluation"]["similarity"] and whole["evaluation"]["similarity_of"] == "technique"
 
 
@@ -588,6 +591,16 @@ def test_compiled_equals_eager(impl, K):
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_maps_keep_the_dtype_of_queries(monkeypatch):
+    """CUDA's autocast computes softmax in float32, a CPU's does not: as if it did."""
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: softmax(x.float(), dim))
+    q, k = (torch.randn(1, 2, 8, 4, dtype=torch.bfloat16) for _ in range(2))
+    assert nano.causal_maps(q, k).dtype == torch.bfloat16
+    decoder = nano.Decoder(nano.GPT(settings()).bfloat16().eval(), 1)
+    decoder(tokens(1, 5)), decoder(tokens(1, 6))  # refuses to multiply two dtypes
 
 
 @pytest.mark.parametrize("impl", ["qk", "probs"])
