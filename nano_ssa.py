@@ -657,11 +657,12 @@ def pick_dtype(name, device):
 
 
 def make_optimizers(model, s, device):
-    """Muon for the hidden matrices, AdamW for embeddings (which are the head too), norms and biases."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    """Muon for the hidden matrices; AdamW for embeddings (which are the head too), norms, biases and modules with an
+    attribute adamw."""
+    others = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or hasattr(m, "adamw") for p in m.parameters()}
     params = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in params if p.ndim >= 2]
-    hidden = [p for p in matrices if p.ndim == 2 and id(p) not in embeddings] if s.optimizer == "muon" else []
+    hidden = [p for p in matrices if p.ndim == 2 and id(p) not in others] if s.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
     groups = [dict(params=[p for p in matrices if id(p) not in taken], weight_decay=s.weight_decay),
               dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
@@ -674,12 +675,13 @@ def make_optimizers(model, s, device):
     return optimizers
 
 
-def lr_factor(s, step):
-    """Share of the peak learning rate: linear warm-up, then a cosine down to min_lr at the last step."""
-    if step < s.warmup_iters:
-        return (step + 1) / (s.warmup_iters + 1)
+def lr_factor(s, step, span=None):
+    """Share of the peak learning rate: linear warm-up, then a cosine down to min_lr at the last step of the span."""
+    first, last = span or (0, s.max_iters)
+    if step - first < s.warmup_iters:
+        return (step - first + 1) / (s.warmup_iters + 1)
     low = s.min_lr / s.learning_rate if s.learning_rate else 0.0
-    done = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
+    done = (step - first - s.warmup_iters) / max(1, last - first - s.warmup_iters)
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
@@ -725,7 +727,7 @@ def read_checkpoint(run, path, arm):
     return saved
 
 
-def compiled(run, model, extra):
+def compiled(run, model, extra, span):
     """The model as training calls it: compiled if asked for and possible. The model itself stays as it is, for evaluation."""
     s = run.settings
     if s.compile == "off" or s.compile == "auto" and run.device.type != "cuda":
@@ -733,7 +735,7 @@ def compiled(run, model, extra):
     torch.compiler.reset()
     start, fast = time.perf_counter(), torch.compile(model)
     try:  # forward and backward through each graph of the run, so that no later step has to wait, or fails
-        for step in (0, max(0, s.max_iters - 1)):
+        for step in (span[0], max(span[0], span[1] - 1)):
             x, y = run.data.batch(0, 0)
             with run.autocast():
                 loss = fast(x, y, **extra(step, 0))[1]
@@ -749,18 +751,20 @@ def compiled(run, model, extra):
     return fast
 
 
-def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
+def train(run, arm, model, extra=lambda step, turn: {}, keep={}, span=None):
     """Train model for max_iters steps, or go on from out/arm/ckpt.pt; returns what results.json says of the training.
 
     extra(step, turn): further inputs of the model's forward in that step, such as a draw of the technique.
     keep: {step: name of a file in out/arm for the weights before that step}.
-    Writes into out/arm: ckpt.pt at step 0 and after every evaluation (all that a resumed run needs), best.pt (the
+    span: (first, last) step, for one phase of several: each has optimizers and a learning-rate schedule of its own.
+    Writes into out/arm: ckpt.pt at the first step and after every evaluation (all that a resumed run needs), best.pt (the
     weights with the lowest validation loss), log.jsonl (a line for every evaluation).
     """
     s, folder = run.settings, run.out / arm
+    first, last = span = span or (0, s.max_iters)
     optimizers = make_optimizers(model, s, run.device)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    now = dict(step=0, train_seconds=0.0, val_loss=math.nan, best_val_loss=math.inf, best_step=0,
+    now = dict(step=first, train_seconds=0.0, val_loss=math.nan, best_val_loss=math.inf, best_step=first,
                loss_sum=0.0, loss_steps=0, log=[])  # the training loss since the last evaluation, and the lines of log.jsonl
     resumed = (folder / "ckpt.pt").exists()
     if resumed:
@@ -775,7 +779,7 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
             raise UserError(f"{folder / 'ckpt.pt'} was trained by {saved['world']} processes: go on with as many")
         del saved
     groups = [group for o in optimizers for group in o.param_groups]
-    fast = compiled(run, model, extra)
+    fast = compiled(run, model, extra, span)
     if run.world > 1:
         fast = nn.parallel.DistributedDataParallel(fast, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     model.train()
@@ -801,14 +805,14 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
     tokens = run.world * s.grad_accum * s.batch_size * s.block_size  # in a step
     with contextlib.ExitStack() as ending:
         ending.callback(signal.signal, signal.SIGINT, before)
-        bar = ending.enter_context(tqdm(total=s.max_iters, initial=now["step"], desc=arm, unit="step", disable=run.rank > 0,
+        bar = ending.enter_context(tqdm(total=last, initial=now["step"], desc=arm, unit="step", disable=run.rank > 0,
                                         dynamic_ncols=True, mininterval=1))
         clock = shown = look()
         while True:
             step = now["step"]
             if step in keep and run.rank == 0:
                 write(folder / keep[step], snapshot(run, arm, model, step))
-            due = (step % s.eval_interval == 0 or step == s.max_iters) and not resumed
+            due = (step % s.eval_interval == 0 or step in span) and not resumed
             if due or stop:
                 now["train_seconds"] += look() - clock
                 if due:
@@ -836,11 +840,11 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
                     raise KeyboardInterrupt(f"stopped after step {step}, saved in {folder}: go on with --resume{where}")
                 clock = time.perf_counter()
             resumed = False
-            if step == s.max_iters:
+            if step == last:
                 break
 
             for group in groups:
-                group["lr"] = group["peak_lr"] * lr_factor(s, step)
+                group["lr"] = group["peak_lr"] * lr_factor(s, step, span)
             for micro in range(s.grad_accum):
                 turn = run.rank * s.grad_accum + micro
                 x, y = run.data.batch(step, turn)
@@ -865,19 +869,19 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}):
             bar.update()
             if run.rank == 0 and time.perf_counter() - shown > 1:
                 shown = look()
-                speed = tokens * now["step"] / (now["train_seconds"] + shown - clock)
+                speed = tokens * (now["step"] - first) / (now["train_seconds"] + shown - clock)
                 bar.set_postfix_str(f"loss {now['loss_sum'] / now['loss_steps']:.3f}, val {now['val_loss']:.3f}, "
                                     f"{speed / 1e3:.1f}k tokens/s", refresh=False)
-    return summary(run, arm, model, now)
+    return summary(run, arm, model, now, now["step"] - first)
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16, dense
 
 
-def summary(run, arm, model, now):
-    """What results.json says of an arm's training."""
+def summary(run, arm, model, now, steps):
+    """What results.json says of an arm's training, of so many steps."""
     s, cuda, flops = run.settings, run.device.type == "cuda", flops_per_token(run.settings, arm)
-    tokens = run.world * s.grad_accum * s.batch_size * s.block_size * now["step"]
+    tokens = run.world * s.grad_accum * s.batch_size * s.block_size * steps
     speed = tokens / max(now["train_seconds"], 1e-9)
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
@@ -1172,13 +1176,14 @@ def work(s):
 
 
 def sample(run, model, **how):
-    """Print text that goes on from --prompt. how: further arguments of model.generate."""
+    """Print text that goes on from --prompt, and return its token ids (1, T). how: further arguments of model.generate."""
     s = run.settings
     torch.manual_seed(key(s.seed, "sample"))
     idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
     with run.autocast():
         idx = model.generate(idx, s.sample_tokens, s.temperature, s.top_k, **how)
     print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
+    return idx
 
 
 def main(argv=None):

@@ -328,7 +328,7 @@ def our_loop(run, model):
     """One training step of the scripts, from their own parts."""
     s = run.settings
     optimizers = nano.make_optimizers(model, s, run.device)
-    fast = nano.compiled(run, model, lambda step, turn: {})
+    fast = nano.compiled(run, model, lambda step, turn: {}, (0, s.max_iters))
 
     def step(i):
         for group in (g for o in optimizers for g in o.param_groups):
