@@ -265,6 +265,15 @@ class Router(nn.Module):
         return picks, gates, p, state
 
 
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # its name before it became public
+
+
+def use_grouped_mm(x):
+    """Grouped matrix products exist for bfloat16 on CUDA, with rows that are multiples of 16 bytes."""
+    bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
+    return x.is_cuda and bf16 and x.size(-1) % 8 == 0
+
+
 class Dispatch:
     """The picks of one round as rows sorted by module: each module multiplies one block of rows, and SKIP has none.
 
@@ -293,9 +302,8 @@ class Dispatch:
         if self.ends is None:
             blocks = zip(rows.split(self.sizes), W, [None] * len(W) if b is None else b)
             return torch.cat([F.linear(*block) for block in blocks])
-        rows = torch.where(self.real, rows, 0).bfloat16()
-        y = F.grouped_mm(rows, W.bfloat16().transpose(1, 2), offs=self.ends)
-        return torch.where(self.real, y if b is None else y + b[self.module].bfloat16(), 0)
+        y = grouped_mm(torch.where(self.real, rows, 0).to(W.dtype), W.transpose(1, 2), offs=self.ends)
+        return torch.where(self.real, y if b is None else y + b[self.module], 0)
 
     def scatter(self, rows):
         """(R, C) -> (M, C): what a token's picks returned, summed."""
@@ -304,7 +312,7 @@ class Dispatch:
 
 def stack(layers, norms=None):
     """The weights of N modules as the rounds use them, stacked once per forward: layers holds for each module the linear layers
-    that read the same. Returns (N, out, in), and (N, out) or None.
+    that read the same. Returns (N, out, in), and (N, out) or None, in the dtype of matrix products.
 
     norms: the modules' LayerNorms. Their gains and shifts move into the weights, so that a token is normalised once, whatever it picks:
     W (gamma * n + beta) + b  =  (W gamma) n + (W beta + b).
@@ -314,7 +322,9 @@ def stack(layers, norms=None):
     if norms:
         b = None if b is None else b + torch.stack([w @ norm.bias for w, norm in zip(W, norms)])
         W = W * torch.stack([norm.weight for norm in norms])[:, None]
-    return W, b
+    device = W.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
+    return W.to(dtype), None if b is None else b.to(dtype)
 
 
 def assembled_attention(x, d, qkv, out, n_head, dropout=0.0):
@@ -513,12 +523,6 @@ class GPT(nn.Module):
             idx = torch.cat([idx, token], 1)
         return idx
     # ==== end shared
-
-
-def use_grouped_mm(x):
-    """Grouped matrix products exist for bfloat16 on CUDA, with rows that are multiples of 16 bytes."""
-    bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
-    return x.is_cuda and bf16 and x.size(-1) % 8 == 0
 
 
 def dense_twin(s):
