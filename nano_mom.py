@@ -57,9 +57,9 @@ def key(*parts):
 @dataclasses.dataclass
 class Settings:
     # the technique
-    attn_modules: int = flag(-1, "N_A: attention modules, from the first layers that are neither bottom nor top (-1: all)", least=-1)
+    attn_modules: int = flag(-1, "N_A: attention modules, from the first layers between bottom and top (-1: all)", least=-1)
     ffn_modules: int = flag(-1, "N_F: feed-forward modules, likewise", least=-1)
-    rounds: int = flag(-1, "H: rounds of assembly (-1: as many as make the graph 38% deeper than the vanilla model)", least=-1)
+    rounds: int = flag(-1, "H: rounds of assembly (-1: a graph 38% deeper than the vanilla model)", least=-1)
     route_k: int = flag(1, "K: modules that a token picks in a round, SKIP among them", least=1)
     router: str = flag("gru", "who picks: a GRU, the same GRU untrained, or nobody (modules take turns)",
                        choices=("gru", "fixed", "random"))
@@ -145,16 +145,16 @@ class Settings:
         for name, kind in ("attn_modules", "attention"), ("ffn_modules", "feed-forward"):
             n = getattr(self, name)
             if n == 0 or n > free:
-                raise UserError(f"--{name} {n}: modules are taken from the layers of phase 1; of --n_layer {self.n_layer}, without "
-                                f"--bottom {self.bottom} and --top {self.top}, {free} are left: use 1 to {free}, or -1 for all")
+                raise UserError(f"--{name} {n}: modules are layers that phase 1 trained; of --n_layer {self.n_layer}, without "
+                                f"--bottom {self.bottom} and --top {self.top}, {free} are left: use 1 to {free}, -1 for all")
             setattr(self, name, n := free if n == -1 else n)
             if self.router != "fixed" and self.route_k > n + self.skip > 1:
-                raise UserError(f"--route_k {self.route_k} is more than there is to pick: --{name} {n}{' and SKIP' * self.skip}")
+                raise UserError(f"--route_k {self.route_k} is more than there are: --{name} {n}{' and SKIP' * self.skip}")
         if self.router == "fixed" and self.route_k > 1:
-            raise UserError(f"--router fixed takes one module a round: it goes with --route_k 1, not {self.route_k}")
+            raise UserError(f"--router fixed takes one module a round: use --route_k 1, not {self.route_k}")
         if self.router == "gru" and self.gate == "renorm" and self.route_k == 1:
-            raise UserError("--gate renorm with --route_k 1 makes every gate 1, so that no gradient of the language model would reach "
-                            "the routers: use --gate prob, or --route_k 2")
+            raise UserError("--gate renorm with --route_k 1 makes every gate 1: no gradient of the language model would reach the "
+                            "routers; use --gate prob, or --route_k 2")
 
 
 # ==== shared: command line
@@ -241,8 +241,8 @@ class Router(nn.Module):
         s' = GRU(x, s)      p = softmax((W s' + b) / tau)      S = the K most probable of N modules and SKIP
         gates   g_i = p_i   or, renorm,   g_i = p_i / sum_{j in S} p_j,   i in S
 
-    The choice has no gradient; the router learns through the gates, and from the balance loss. In float32 also under autocast,
-    where bfloat16 could not tell close candidates apart.
+    The choice has no gradient; the router learns through the gates, and from the balance loss. In float32 also under
+    autocast, where bfloat16 could not tell close candidates apart.
     """
     adamw = True  # Muon is for the hidden matrices of the model
 
@@ -254,8 +254,8 @@ class Router(nn.Module):
         self.requires_grad_(s.router != "random")
 
     def forward(self, x, state=None):
-        """Tokens (M, C), their router states (M, R) or None for zeros -> picks (M, K), gates (M, K), p (M, N+1), new states.
-        Pick i < N is module i, N is SKIP."""
+        """Tokens (M, C), their router states (M, R) or None for zeros -> picks (M, K), gates (M, K), p (M, N+1), new
+        states. Pick i < N is module i, N is SKIP."""
         with torch.autocast(x.device.type, enabled=False):
             state = self.cell(x.to(self.out.weight.dtype), state)
             p = F.softmax(self.out(state) / self.temperature, -1)
@@ -277,82 +277,97 @@ def use_grouped_mm(x):
 class Dispatch:
     """The picks of one round as rows sorted by module: each module multiplies one block of rows, and SKIP has none.
 
-    A row is a token and one of its K slots; R rows. The same order serves all products of a round. On a CPU the blocks are split and
-    multiplied one after the other. With grouped, for CUDA, one grouped matrix product takes them all and nothing waits for the
-    counts; there R = M K, SKIP's rows come last, and whatever a product leaves in them, and in their gradients, is cut off.
+    A row is a token and one of its K slots. The same order serves all products of a sublayer. On a CPU there are R rows,
+    those with a module. With grouped, for CUDA, R = M K, so that nothing waits for the counts: SKIP's rows come last.
     """
 
     def __init__(self, picks, gates, n, grouped):
-        module, slot = picks.flatten().sort(stable=True)                                         # (M K,), slots by module
+        module, slot = picks.flatten().sort(stable=True)                                         # (M K,), by module
         counts = (module[:, None] == torch.arange(n, device=picks.device)).sum(0)                # (N,)
         if grouped:
             self.ends, self.real = counts.cumsum(0, dtype=torch.int32), (module < n)[:, None]
             module = module.clamp(max=n - 1)
         else:
-            self.ends, self.sizes = None, counts.tolist()
+            self.sizes = counts.tolist()
             module, slot = module[:sum(self.sizes)], slot[:sum(self.sizes)]
-        self.tokens, self.module, self.token, self.gate = len(picks), module, slot // picks.size(1), gates.flatten()[slot, None]
+        self.tokens, self.module, self.token = len(picks), module, slot // picks.size(1)         # (R,)
+        self.gate = gates.flatten()[slot, None]                                                  # (R, 1)
 
     def gather(self, x):
         """(B, T, C) -> rows (R, C)."""
         return x.flatten(0, 1).index_select(0, self.token)
-
-    def linear(self, rows, W, b):
-        """Rows (R, in) times the weights of their module: (N, out, in), (N, out) or None -> (R, out)."""
-        if self.ends is None:
-            blocks = zip(rows.split(self.sizes), W, [None] * len(W) if b is None else b)
-            return torch.cat([F.linear(*block) for block in blocks])
-        y = grouped_mm(torch.where(self.real, rows, 0).to(W.dtype), W.transpose(1, 2), offs=self.ends)
-        return torch.where(self.real, y if b is None else y + b[self.module], 0)
 
     def scatter(self, rows):
         """(R, C) -> (M, C): what a token's picks returned, summed."""
         return rows.new_zeros(self.tokens, rows.size(-1)).index_add(0, self.token, rows)
 
 
-def stack(layers, norms=None):
-    """The weights of N modules as the rounds use them, stacked once per forward: layers holds for each module the linear layers
-    that read the same. Returns (N, out, in), and (N, out) or None, in the dtype of matrix products.
+class Layers:
+    """A linear layer of each of N modules, or several that read the same, after its LayerNorm or none: (R, in) -> (R, out).
 
-    norms: the modules' LayerNorms. Their gains and shifts move into the weights, so that a token is normalised once, whatever it picks:
-    W (gamma * n + beta) + b  =  (W gamma) n + (W beta + b).
+    On a CPU the modules take their blocks of rows in turn. With grouped, one grouped matrix product takes all. For it the
+    weights are stacked, once per forward, and a LayerNorm's gain and shift move into them:
+
+        W (gamma * n + beta) + b = (W gamma) n + (W beta + b)
     """
-    W = torch.stack([torch.cat([m.weight for m in module]) for module in layers])
-    b = None if layers[0][0].bias is None else torch.stack([torch.cat([m.bias for m in module]) for module in layers])
-    if norms:
-        b = None if b is None else b + torch.stack([w @ norm.bias for w, norm in zip(W, norms)])
-        W = W * torch.stack([norm.weight for norm in norms])[:, None]
-    device = W.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
-    return W.to(dtype), None if b is None else b.to(dtype)
+
+    def __init__(self, layers, norms, grouped):
+        self.layers, self.norms, self.grouped = layers, norms, grouped
+        if not grouped:
+            return
+        W = torch.stack([torch.cat([layer.weight for layer in module]) for module in layers])    # (N, out, in)
+        b = W.new_zeros(W.shape[:2])                                                             # (N, out)
+        if layers[0][0].bias is not None:
+            b = b + torch.stack([torch.cat([layer.bias for layer in module]) for module in layers])
+            if norms:
+                b = b + torch.stack([w @ norm.bias for w, norm in zip(W, norms)])
+        if norms:
+            W = W * torch.stack([norm.weight for norm in norms])[:, None]
+        device = W.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
+        self.W, self.b = W.to(dtype).transpose(1, 2), b.to(dtype)
+
+    def __call__(self, rows, d):
+        if self.grouped:
+            if self.norms:
+                rows = F.layer_norm(rows, rows.shape[-1:], eps=1e-5)
+            # the kernel leaves garbage in SKIP's rows, also in the gradient of its input: neither gets past these two
+            y = grouped_mm(torch.where(d.real, rows, 0).to(self.W.dtype), self.W, offs=d.ends)
+            return torch.where(d.real, y + self.b[d.module], 0)
+        blocks = rows.split(d.sizes)
+        if self.norms:
+            blocks = [norm(block) for norm, block in zip(self.norms, blocks)]
+        found = [[layer(block) for layer in module] for module, block in zip(self.layers, blocks)]
+        return torch.cat([y[0] if len(y) == 1 else torch.cat(y, -1) for y in found])
 
 
 def assembled_attention(x, d, qkv, out, n_head, dropout=0.0):
     """One attention over all tokens, whose projections are those of the modules that each token picked.
 
-        [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)      a = softmax(q k^T / sqrt(D) + causal) v      y_t = sum_{i in S_t} g_i W_i^O a_t
+        [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)
+        a = softmax(q k^T / sqrt(D) + causal) v
+        y_t = sum_{i in S_t} g_i W_i^O a_t
 
     x: (B, T, C) -> (B, T, C). A query of one module meets keys of others, head by head. A token that picked nothing but SKIP has
     q = k = v = 0 and y = 0, but others see its key: a score of 0, and no content.
     """
     B, T, C = x.shape
-    rows = d.linear(d.gather(F.layer_norm(x, (C,), eps=1e-5)), *qkv)                             # (R, 3C)
-    q, k, v = d.scatter(rows).view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)          # (B, heads, T, D) each
+    rows = d.scatter(qkv(d.gather(x), d))                                                        # (B T, 3C)
+    q, k, v = rows.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)                     # (B, heads, T, D) each
     a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    rows = d.linear(d.gather(a.transpose(1, 2).flatten(2)), *out)                                # (R, C)
+    rows = out(d.gather(a.transpose(1, 2).flatten(2)), d)                                        # (R, C)
     return d.scatter(rows * d.gate.to(rows.dtype)).view(B, T, C)
 
 
 def assembled_mlp(x, d, fc, proj):
     """y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t)): (B, T, C) -> (B, T, C)."""
-    rows = F.gelu(d.linear(d.gather(F.layer_norm(x, x.shape[-1:], eps=1e-5)), *fc), approximate="tanh")  # (R, 4C)
-    rows = d.linear(rows, *proj)
+    rows = proj(F.gelu(fc(d.gather(x), d), approximate="tanh"), d)                               # (R, 4C), then (R, C)
     return d.scatter(rows * d.gate.to(rows.dtype)).view(x.shape)
 
 
 def balance_loss(routes):
-    """E sum_e f_e P_e of one router: f_e is the share of all picks that fell on candidate e, P_e its mean probability, over all
-    tokens and rounds; SKIP is one of the E candidates. 1 when all are used alike, E when one takes all.
+    """E sum_e f_e P_e of one router: f_e is the share of all picks that fell on candidate e, P_e its mean probability, over
+    all tokens and rounds; SKIP is one of the E candidates. 1 when all are used alike, E when one takes all.
     routes: [(picks (M, K), p (M, E)) of every round]."""
     picks, p = (torch.stack(x) for x in zip(*routes))
     E = p.size(-1)
@@ -430,7 +445,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with the layers between bottom and top taken apart: its weights, under its names, and two routers that put them together."""
+    """GPT-2 whose layers between bottom and top are taken apart: its weights, under its names, and two routers."""
 
     def __init__(self, s):
         super().__init__()
@@ -439,7 +454,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(s.vocab_size, s.n_embd)  # also the output head
         self.wpe = nn.Embedding(s.block_size, s.n_embd)
         inner, end = range(s.bottom, s.n_layer - s.top), s.n_layer - s.top
-        self.h = nn.ModuleList(Block(s, i not in inner[s.attn_modules:], i not in inner[s.ffn_modules:]) for i in range(s.n_layer))
+        self.h = nn.ModuleList(Block(s, attn=i not in inner[s.attn_modules:], mlp=i not in inner[s.ffn_modules:])
+                               for i in range(s.n_layer))
         self.ln_f = layer_norm(s)
         init_weights(self, s)
         self.bottom, self.attns, self.mlps, self.top = (
@@ -449,18 +465,19 @@ class GPT(nn.Module):
         self.mlp_router = Router(s, s.ffn_modules) if routed(s.ffn_modules) else None
 
     def states(self, idx, routes=None):
-        """Token ids (B, T) -> the residual stream (B, T, C) after the embedding and after every layer and round, before ln_f.
-        routes: two lists, to which every round appends (picks, p) of attention and of feed-forward; p is None where nobody chose."""
+        """Token ids (B, T) -> the residual stream (B, T, C) after the embedding and every layer and round, before ln_f.
+        routes: two lists, for attention and feed-forward; every round appends (picks, p), p None where modules take turns."""
         x = [self.embed(idx)]
         routes = ([], []) if routes is None else routes
         for i in self.bottom:
             x.append(self.h[i](x[-1]))
         grouped, attns, mlps = use_grouped_mm(x[-1]), [self.h[i] for i in self.attns], [self.h[i] for i in self.mlps]
         if self.attn_router:
-            qkv = stack([(m.attn.c_q, m.attn.c_k, m.attn.c_v) for m in attns], [m.ln_1 for m in attns])
-            out = stack([(m.attn.c_proj,) for m in attns])
+            qkv = Layers([(m.attn.c_q, m.attn.c_k, m.attn.c_v) for m in attns], [m.ln_1 for m in attns], grouped)
+            out = Layers([(m.attn.c_proj,) for m in attns], None, grouped)
         if self.mlp_router:
-            fc, proj = stack([(m.mlp.c_fc,) for m in mlps], [m.ln_2 for m in mlps]), stack([(m.mlp.c_proj,) for m in mlps])
+            fc = Layers([(m.mlp.c_fc,) for m in mlps], [m.ln_2 for m in mlps], grouped)
+            proj = Layers([(m.mlp.c_proj,) for m in mlps], None, grouped)
         attn_state = mlp_state = None
         for r in range(self.rounds):
             y = x[-1]

@@ -2,6 +2,7 @@
 
     python tests/bench.py ssa              # subsampled attention against materialised and fused dense attention
     python tests/bench.py reuse            # reused attention maps: training steps of whole models, and decoding
+    python tests/bench.py mom              # routed modules against their number, a masked computation and the dense twin
     python tests/bench.py base             # a training step of the dense twin against the plain loop of nanoGPT's recipe
     python tests/bench.py base --train     # both trained in turns: seconds and loss on the whole validation split
 
@@ -22,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import nano_mom  # noqa: E402
 import nano_reuse  # noqa: E402
 import nano_ssa as nano  # noqa: E402
 
@@ -244,6 +246,106 @@ def reuse(args):
     print(nano.table(rows))
 
 
+# mom
+
+def gates_of(d, N):
+    """The gates of one round as (M, N), 0 where a module was not picked, and the mask of those that were."""
+    at = d.token, d.module
+    return (torch.zeros(d.tokens, N, device=d.token.device).index_put(at, x.flatten().float()) for x in (d.gate, torch.ones_like(d.gate)))
+
+
+def masked_mlp(x, d, fc, proj):
+    """assembled_mlp with every module on every token."""
+    gates, _ = gates_of(d, len(fc.layers))
+    return sum(gates[:, i, None] * out(F.gelu(into(norm(x.flatten(0, 1))), approximate="tanh"))
+               for i, ((into,), norm, (out,)) in enumerate(zip(fc.layers, fc.norms, proj.layers))).view(x.shape)
+
+
+def masked_attention(x, d, qkv, out, n_head, dropout=0.0):
+    """assembled_attention with every module on every token."""
+    B, T, C = x.shape
+    gates, mask = gates_of(d, len(qkv.layers))
+    normed = [norm(x.flatten(0, 1)) for norm in qkv.norms]
+    q, k, v = (sum(mask[:, i, None] * module[part](normed[i]) for i, module in enumerate(qkv.layers)).view(B, T, n_head, C // n_head).transpose(1, 2)
+               for part in range(3))
+    a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B * T, C)
+    return sum(gates[:, i, None] * layer(a) for i, (layer,) in enumerate(out.layers)).view(B, T, C)
+
+
+def stepper(f, parameters, device):
+    """Forward and backward of a loss, without an optimizer."""
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = f()
+        for p in parameters:
+            p.grad = None
+        loss.backward()
+        return loss.detach()
+    return step
+
+
+def mom(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"forward and backward, {args.tokens:,} tokens, K = 1, no SKIP; {machine()}\n")
+    masked = lambda f: lambda: with_masks(f)
+
+    def with_masks(f):
+        kept = nano_mom.assembled_mlp, nano_mom.assembled_attention
+        nano_mom.assembled_mlp, nano_mom.assembled_attention = masked_mlp, masked_attention
+        try:
+            return f()
+        finally:
+            nano_mom.assembled_mlp, nano_mom.assembled_attention = kept
+
+    def mlps(C):
+        s = nano_mom.Settings(n_embd=C, n_head=C // 32)
+        x, target = (torch.randn(1, args.tokens, C, device=device) for _ in range(2))
+        x.requires_grad_()
+        blocks = torch.nn.ModuleList(nano_mom.Block(s) for _ in range(8)).to(device)
+        arms = {"dense": stepper(lambda: ((x + blocks[0].mlp(blocks[0].ln_2(x))) * target).mean(), [x, *blocks[0].parameters()], device)}
+        for N in (2, 4, 8):
+            picks, gates = torch.randint(N, (args.tokens, 1), device=device), torch.rand(args.tokens, 1, device=device, requires_grad=True)
+
+            def routed(N=N, picks=picks, gates=gates):
+                some, grouped = blocks[:N], nano_mom.use_grouped_mm(x)
+                fc = nano_mom.Layers([(m.mlp.c_fc,) for m in some], [m.ln_2 for m in some], grouped)
+                proj = nano_mom.Layers([(m.mlp.c_proj,) for m in some], None, grouped)
+                y = nano_mom.assembled_mlp(x, nano_mom.Dispatch(picks, gates, N, grouped), fc, proj)
+                return ((x + y) * target).mean()
+
+            arms[f"N = {N}"] = stepper(routed, [x, gates, *blocks.parameters()], device)
+            arms[f"N = {N}, masked"] = masked(arms[f"N = {N}"])
+        return arms
+
+    def models(C, H=6, T=64):
+        s = nano_mom.Settings(n_embd=C, n_head=C // 32, block_size=T)
+        idx = torch.randint(65, (max(1, args.tokens // T), T), device=device)
+        made = {"dense": nano_mom.dense_twin(s)}
+        for N in (2, 4, 8):
+            made[f"N = {N}"] = nano_mom.GPT(nano_mom.Settings(n_embd=C, n_head=C // 32, block_size=T, n_layer=N, bottom=0, top=0, rounds=H, skip=False))
+        arms = {}
+        for name, model in made.items():
+            model.to(device)
+            arms[name] = stepper(lambda model=model: model(idx, idx)[1], list(model.parameters()), device)
+            if name != "dense":
+                arms[f"{name}, masked"] = masked(arms[name])
+        return arms
+
+    rows = [["", "modules", "time", "vs N = 2", "vs masked", "vs dense"]]
+    for part, make in ("feed-forward, width {}", mlps), ("model, 6 rounds of width {}, T = 64", models):
+        for C in (96, 384):
+            torch.manual_seed(0)
+            arms = make(C)
+            for name in [name for name in arms if "masked" in name]:  # what is compared computes the same
+                torch.testing.assert_close(arms[name](), arms[name.split(",")[0]](), atol=1e-2 if device == "cuda" else 1e-5, rtol=1e-2)
+            times = in_turns(arms, args.runs, device)
+            for name, t in times.items():
+                slow = times.get(f"{name}, masked")
+                rows.append([part.format(C), name, f"{1000 * t:.1f} ms", f"{t / times['N = 2']:.2f}x", slow and f"{slow / t:.2f}x faster",
+                             f"{t / times['dense']:.2f}x"])
+    print(nano.table(rows))
+
+
 STEPS = {"ssa": ssa_step, "reuse": reuse_step}
 
 
@@ -409,6 +511,10 @@ if __name__ == "__main__":
         p.add_argument("--tokens", type=int, default=4096)
         p.add_argument("--runs", type=int, default=7)
         p.set_defaults(run=bench)
+    p = commands.add_parser("mom")
+    p.add_argument("--tokens", type=int, default=2048)
+    p.add_argument("--runs", type=int, default=7)
+    p.set_defaults(run=mom)
     p = commands.add_parser("base")
     p.add_argument("--train", action="store_true")
     p.add_argument("--runs", type=int, default=7)

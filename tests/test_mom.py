@@ -221,7 +221,7 @@ def test_a_token_pays_for_the_modules_it_chose_only():
     s, x = settings(), torch.randn(2, 16, 32)
     model = nano.GPT(s)
     attns = [model.h[i].attn for i in model.attns]
-    weights = [nano.stack([(m.c_q, m.c_k, m.c_v) for m in attns]), nano.stack([(m.c_proj,) for m in attns])]
+    weights = [nano.Layers([(m.c_q, m.c_k, m.c_v) for m in attns], None, False), nano.Layers([(m.c_proj,) for m in attns], None, False)]
     for K in (1, 2, 4):
         picks = torch.stack([torch.randperm(5)[:K] for _ in range(32)])
         real = (picks < 4).sum().item()
@@ -372,9 +372,9 @@ def test_two_picks_are_one_attention_with_summed_weights():
     x = torch.randn(2, 16, 32, dtype=torch.float64)
     blocks = [model.h[0], model.h[1]]
     blocks[1].ln_1.load_state_dict(blocks[0].ln_1.state_dict())
-    qkv = nano.stack([(b.attn.c_q, b.attn.c_k, b.attn.c_v) for b in blocks], [b.ln_1 for b in blocks])
+    qkv = nano.Layers([(b.attn.c_q, b.attn.c_k, b.attn.c_v) for b in blocks], [b.ln_1 for b in blocks], False)
     d = nano.Dispatch(torch.tensor([[0, 1]]).expand(32, 2), torch.full((32, 2), 0.5, dtype=torch.float64), 2, False)
-    y = nano.assembled_attention(x, d, qkv, nano.stack([(b.attn.c_proj,) for b in blocks]), 4)
+    y = nano.assembled_attention(x, d, qkv, nano.Layers([(b.attn.c_proj,) for b in blocks], None, False), 4)
     n = norm(x, blocks[0].ln_1)
     summed = [n @ sum(getattr(b.attn, c).weight for b in blocks).T for c in ("c_q", "c_k", "c_v")]
     expected = causal(*summed, 4) @ (sum(b.attn.c_proj.weight for b in blocks) / 2).T
@@ -392,7 +392,8 @@ def test_all_picks_are_the_soft_mixture():
     picks, gates, *_ = model.mlp_router(x.flatten(0, 1))
     d = nano.Dispatch(picks, gates, 4, False)
     mlps = [model.h[i] for i in model.mlps]
-    y = nano.assembled_mlp(x, d, nano.stack([(m.mlp.c_fc,) for m in mlps], [m.ln_2 for m in mlps]), nano.stack([(m.mlp.c_proj,) for m in mlps]))
+    fc, proj = nano.Layers([(m.mlp.c_fc,) for m in mlps], [m.ln_2 for m in mlps], False), nano.Layers([(m.mlp.c_proj,) for m in mlps], None, False)
+    y = nano.assembled_mlp(x, d, fc, proj)
     soft = sum(p.view(2, 16, 5)[..., i, None] * m.mlp.c_proj(F.gelu(m.mlp.c_fc(norm(x, m.ln_2)), approximate="tanh")) for i, m in enumerate(mlps))
     torch.testing.assert_close(y, soft, atol=1e-12, rtol=1e-10)
 
