@@ -66,7 +66,7 @@ class Settings:
     router_dim: int = flag(32, "R: width of a router's state", least=1)
     gate: str = flag("prob", "weight of a picked module: its probability, or that divided by the sum over the picks",
                      choices=("prob", "renorm"))
-    route_temperature: float = flag(1.0, "tau: the routers' logits are divided by it", least=1e-3)
+    route_temperature: float = flag(0.2, "tau: the routers' logits are divided by it", least=1e-3)
     balance: float = flag(0.01, "weight of the loss that spreads the tokens over the modules", least=0.0)
     skip: bool = flag(True, "SKIP, which does nothing, is among the modules")
     phase1: float = flag(0.5, "first share of the steps, which trains the vanilla model that the modules are taken from",
@@ -432,7 +432,7 @@ def init_weights(model, s):
 
 
 class Block(nn.Module):
-    """A layer of GPT-2. Between bottom and top it is a place to keep an attention and a feed-forward module, or one of them."""
+    """A layer of GPT-2. Between bottom and top it only keeps an attention and a feed-forward module, or one of them."""
 
     def __init__(self, s, attn=True, mlp=True):
         super().__init__()
@@ -504,8 +504,8 @@ class GPT(nn.Module):
         return x
 
     def forward(self, idx, targets=None):
-        """Token ids (B, T) -> logits (B, T, vocab) and, with targets (B, T), the mean cross-entropy in nats; in training mode the
-        balance losses of both routers, times --balance, are added to it."""
+        """Token ids (B, T) -> logits (B, T, vocab) and, with targets (B, T), the mean cross-entropy in nats; in training mode
+        the balance losses of both routers, times --balance, are added to it."""
         routes = [], []
         logits, loss = self.read_out(self.states(idx, routes)[-1], targets)
         if loss is not None and self.training and self.balance:
@@ -975,15 +975,17 @@ def build(arm, s):
 
 
 def flops_per_token(s, arm, attn=None, ffn=None):
-    """Training FLOPs for a token, forward and backward: 6 for each weight in a matrix product that it meets (the tied head is one,
-    the embedding is not) and 12 for each channel of each score, in every layer and round, the causal square in full.
+    """Training FLOPs for a token, forward and backward: 6 for each weight in a matrix product that it meets (the tied head is
+    one, the embedding is not) and 12 for each channel of each score, in every layer and round, the causal square in full.
     attn, ffn: modules that a token met in a round, on average; left out, all K picks count, as if none were SKIP."""
     s = settings_of(arm, s)
     T, C, R, plain = s.block_size, s.n_embd, s.router_dim, s.bottom + s.top
     weights = s.vocab_size * C + plain * 12 * C * C
     for n, used, size in (s.attn_modules, attn, 4 * C * C), (s.ffn_modules, ffn, 8 * C * C):
         routed = s.router != "fixed" and n + s.skip > 1
-        weights += s.rounds * (size * (s.route_k * routed or 1 if used is None else used) + routed * (3 * R * (C + R) + R * (n + s.skip)))
+        if used is None:
+            used = s.route_k if routed else 1
+        weights += s.rounds * (size * used + routed * (3 * R * (C + R) + R * (n + s.skip)))
     return 6 * weights + 12 * T * C * (plain + s.rounds)
 
 
@@ -1024,7 +1026,7 @@ def loss_on(run, model, starts):
             with run.autocast():
                 total += model.read_out(model.states(x, routes)[-1], y)[1].item() * len(x)
             for found, route in zip(picked, routes):
-                found.append(torch.stack([picks.cpu() for picks, p in route], 1) if route else torch.zeros(x.numel(), 0, 1))
+                found.append(torch.stack([picks.cpu() for picks, p in route], 1) if route else torch.empty(x.numel(), 0, 1))
     return total / len(starts), [torch.cat(found).sort(-1).values for found in picked]
 
 
@@ -1043,49 +1045,46 @@ def evaluate_arm(run, arm, model):
     starts = run.data.windows("val", min(t, 2**17) if t else 2**17)
     loss, picked = loss_on(run, model, starts)
     n = s.attn_modules, s.ffn_modules
-    load = [[[(picks[:, r] == e).float().mean().item() for e in range(n + s.skip)] for r in range(s.rounds)] for picks, n in zip(picked, n)]
-    real = [(picks < n).sum((1, 2)).float().mean().item() / max(1, s.rounds) for picks, n in zip(picked, n)]
-    skips = [1 - a / picks.size(2) if s.rounds else 0.0 for a, picks in zip(real, picked)]
+    load = [[[(picks[:, r] == e).float().mean().item() for e in range(n + s.skip)] for r in range(s.rounds)]
+            for picks, n in zip(picked, n)]
+    real = [(picks < n).sum((1, 2)).float().mean().item() / max(1, s.rounds) for picks, n in zip(picked, n)]  # a round
+    skips = [1 - used / picks.size(2) if s.rounds else 0.0 for used, picks in zip(real, picked)]
     found = dict(tokens=len(starts) * s.block_size, loss=loss, graph_depth=s.bottom + s.top + s.rounds,
                  parameter_depth=s.bottom + s.top + max(n),
                  skip_rate=sum(skips) / 2, skip_rate_attention=skips[0], skip_rate_ffn=skips[1],
                  load=dict(attention=load[0], ffn=load[1]),
-                 distinct_paths=len(set(map(tuple, torch.cat([picks.flatten(1) for picks in picked], 1).tolist()))),
+                 distinct_paths=len(set(map(bytes, torch.cat([picks.flatten(1) for picks in picked], 1).tolist()))),
                  flops_per_token=flops_per_token(run.settings, arm, *real))
     found["kv_bytes_per_token"] = 2 * found["graph_depth"] * s.n_embd * run.dtype.itemsize
     if model.attn_router and model.mlp_router:
         starts = starts[:max(1, 2**14 // s.block_size)]
         least = [sorted(range(m), key=lambda e: sum(x[e] for x in rows)) for m, rows in zip(n, load)]  # the least used first
         few = least[0][:n[0] // 2], least[1][:n[1] // 4]
-        cases = dict(none=((), ()), half_attention=(few[0], ()), quarter_ffn=((), few[1]), both=few)
-        value = {name: loss_on(run, without(model, *case), starts)[0] for name, case in cases.items()
-                 if all(m - len(closed) + s.skip >= s.route_k for m, closed in zip(n, case))}
-        if all(m - 1 + s.skip >= s.route_k for m in n):
-            value["each_attention"] = [loss_on(run, without(model, [e]), starts)[0] for e in range(n[0])]
-            value["each_ffn"] = [loss_on(run, without(model, [], [e]), starts)[0] for e in range(n[1])]
-        found["loss_without_modules"] = value
+        cases = dict(none=((), ()), half_attention=(few[0], ()), quarter_ffn=((), few[1]), both=few,
+                     **{f"A{e}": ([e], ()) for e in range(n[0])}, **{f"F{e}": ((), [e]) for e in range(n[1])})
+        found["loss_without_modules"] = {name: loss_on(run, without(model, *case), starts)[0] for name, case in cases.items()
+                                         if all(m - len(closed) + s.skip >= s.route_k for m, closed in zip(n, case))}
     return found
 
 
 def report(run, arms, model):
     """Tables of the arms and of the technique's modules, a sample, and its first tokens with their paths."""
-    names = dict(graph_depth="graph depth", parameter_depth="of layers", skip_rate="SKIP", flops_per_token="FLOPs/token, real picks",
-                 kv_bytes_per_token="KV bytes/token", distinct_paths="paths", tokens="of tokens")
+    names = dict(graph_depth="graph depth", parameter_depth="of layers", skip_rate="SKIP", flops_per_token="FLOPs/token, "
+                 "real picks", kv_bytes_per_token="KV bytes/token", distinct_paths="paths", tokens="of tokens")
     print("\nWhat was assembled (validation split):",
           table([["arm", *names.values()], *([arm, *(a["evaluation"].get(k) for k in names)] for arm, a in arms.items())]), sep="\n")
     s, e = run.settings, arms["technique"]["evaluation"]
     if s.rounds:
         ids = [f"{x}{i}" for x, n in (("A", s.attn_modules), ("F", s.ffn_modules)) for i in [*range(n), *["-skip"] * s.skip]]
-        rows = [[f"round {r + 1}", *(f"{100 * x:.0f}" for x in a + f)] for r, (a, f) in enumerate(zip(e["load"]["attention"], e["load"]["ffn"]))]
-        print("\nWhich module each round uses, in % of the picks (A: attention, F: feed-forward):", table([["", *ids], *rows]), sep="\n")
+        rows = [[f"round {r + 1}", *(f"{100 * x:.0f}" for x in a + f)]
+                for r, (a, f) in enumerate(zip(e["load"]["attention"], e["load"]["ffn"]))]
+        print("\nWhich module each round uses, in % of the picks (A: attention, F: feed-forward):",
+              table([["", *ids], *rows]), sep="\n")
     if "loss_without_modules" in e:
-        value = e["loss_without_modules"]
-        names = dict(none="all modules", half_attention="without half of the attention modules", quarter_ffn="without a quarter of the "
-                     "feed-forward modules", both="without both")
-        rows = [[text, f"{value[name]:.4f}"] for name, text in names.items() if name in value]
-        for kind in ("attention", "ffn"):
-            rows += [[f"without {kind[0].upper()}{i} only", f"{x:.4f}"] for i, x in enumerate(value.get(f"each_{kind}", []))]
-        print("\nThe trained model without some of its modules, the least used ones (a part of the validation split):",
+        words = dict(none="all modules", half_attention="without the less used half of attention",
+                     quarter_ffn="without the least used quarter of feed-forward", both="without both")
+        rows = [[words.get(name, f"without {name} alone"), f"{x:.4f}"] for name, x in e["loss_without_modules"].items()]
+        print("\nThe trained model when modules are taken away (on a part of the validation split):",
               table([["", "loss"], *rows]), sep="\n")
     idx = sample(run, model)[:, :s.block_size]
     if s.rounds:
@@ -1103,10 +1102,11 @@ def paths(run, ids, routes, width=100):
     lines = [["", *text]]
     for r, both in enumerate(zip(*routes)):
         for kind, n, (picks, p) in zip("AF", (s.attn_modules, s.ffn_modules), both):
-            lines.append([f"{r + 1} {kind}", *("".join("." if i == n else digits[i % 36] for i in sorted(token)) for token in picks.tolist())])
+            ids = ("".join("." if i == n else digits[i % 36] for i in sorted(token)) for token in picks.tolist())
+            lines.append([f"{r + 1} {kind}  ", *ids])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    fits = sum(sum(widths[:i + 1]) + 2 <= width for i in range(len(widths)))
-    return "\n".join("  ".join([line[0].ljust(widths[0]), "".join(c.ljust(w) for c, w in zip(line[1:fits], widths[1:]))]) for line in lines)
+    fits = sum(sum(widths[:i + 1]) <= width for i in range(len(widths)))
+    return "\n".join("".join(c.ljust(w) for c, w in zip(line[:fits], widths)) for line in lines)
 
 
 # ==== shared: main

@@ -659,9 +659,9 @@ def test_removed_modules_are_never_picked(run):
     use = [sum(row[e] for row in load["attention"]) for e in range(4)]
     least = sorted(range(4), key=lambda e: use[e])[:2]
     assert value["half_attention"] == pytest.approx(nano.loss_on(run, nano.without(model, least), starts := run.data.windows("val", 2048))[0])
-    assert value["none"] == pytest.approx(found["loss"]) and len(value["each_attention"]) == len(value["each_ffn"]) == 4
-    assert value["each_ffn"][2] == pytest.approx(nano.loss_on(run, nano.without(model, (), [2]), starts)[0])
-    assert len({*value["each_attention"], *value["each_ffn"]}) == 8
+    assert value["none"] == pytest.approx(found["loss"])
+    assert value["F2"] == pytest.approx(nano.loss_on(run, nano.without(model, (), [2]), starts)[0])
+    assert len({value[f"{kind}{e}"] for kind in "AF" for e in range(4)}) == 8
 
 
 def test_loss_on_is_the_loss_of_evaluate(run):
@@ -723,8 +723,8 @@ def test_a_run_of_the_script_compares_its_arms(corpus, tmp_path):
         assert e["flops_per_token"] <= found["flops_per_token"] and (arm == "technique") <= (e["distinct_paths"] > 1)
     assert log(out, "dense")[0]["val_loss"] == pytest.approx(before[-1]["val_loss"], abs=1e-6), "vanilla goes on where phase 1 ended"
     assert arms["dense"]["parameters"] == arms["fixed"]["parameters"]
-    assert set(arms["technique"]["evaluation"]["loss_without_modules"]) >= {"none", "half_attention", "both", "each_ffn"}
-    for words in ("What was assembled", "Which module each round uses", "without some of its modules", "A sample:", "the modules they picked"):
+    assert set(arms["technique"]["evaluation"]["loss_without_modules"]) >= {"none", "half_attention", "both", "F1"}
+    for words in ("What was assembled", "Which module each round uses", "when modules are taken away", "A sample:", "the modules they picked"):
         assert words in done.stdout, words
 
 
