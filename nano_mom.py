@@ -3,7 +3,67 @@
 # dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken", "tqdm", "pytest"]
 # ///
 """
-DOCSTRING
+Mixture-of-Modules (MoM)
+
+    "Mixture-of-Modules: Reinventing Transformers as Dynamic Assemblies of Modules"
+    Gong, Lv, Guan, Yan, Wu, Zhang, Huang, Zhao and Yan, EMNLP 2024, https://arxiv.org/abs/2407.06677
+
+A transformer sends every token through the same layers in the same order. Why? Take the layers apart: their attentions and
+their feed-forwards, each with its own LayerNorm, become a set of modules, and SKIP, which does nothing, joins them. Then let
+every token choose. In each of H rounds a router picks K attention modules for the token, a second router K feed-forward
+modules, and what they return is added to the residual stream. A module may be used in many rounds, in one, or in none:
+depth is no longer the number of layers.
+
+      vanilla, depth 6                MoM, depth 9 of the same weights: the path of one token (K = 1)
+
+      layer 5   attention   FFN       layer 5   attention   FFN          modules: A0 A1 A2 A3, SKIP
+      layer 4          A3   F3        round 7          A1   F3                    F0 F1 F2 F3, SKIP
+      layer 3          A2   F2          ...           ...   ...
+      layer 2          A1   F1        round 2          A1   SKIP         the lowest and the highest layer
+      layer 1          A0   F0        round 1          A3   F0           stay as they are (--bottom, --top)
+      layer 0   attention   FFN       layer 0   attention   FFN
+
+    router          s' = GRU(x, s)     p = softmax((W s' + b) / tau)     S = the K most probable     g_i = p_i for i in S
+    attention       [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)       a_t = softmax(q_t k^T / sqrt(D) + causal) v
+                    y_t = sum_{i in S_t} g_i W_i^O a_t
+    feed-forward    y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t))
+
+One attention runs over all tokens; only its projections are those of each token's modules. The router's state s goes from
+round to round of one token, so it knows where the token has been. Training has two phases. The first trains a vanilla
+model, so that modules become different; the second takes it apart and trains modules and routers together, with
+
+    loss = cross-entropy + 0.01 sum over both routers of E sum_e f_e P_e
+
+whose second part (1 when all E candidates are used alike) keeps the routers from using one module for everything.
+
+A token pays for the modules it chose, and for no other: tokens are sorted by module, multiplied and put back. Some relatives
+are special cases: vanilla (--router fixed, as many rounds as modules), shared layers as in the Universal Transformer
+(--attn_modules 1 --ffn_modules 1 --skip off), a layer of a mixture of experts (--attn_modules 1 --rounds 1 --skip off).
+
+    python nano_mom.py                          # both phases, evaluation, sample; within 3 minutes on 2 CPU cores
+    python nano_mom.py --compare                # beside vanilla, a fixed order without routers, and a shallow assembly
+    python nano_mom.py --route_k 2 --gate renorm
+
+@@FOUND@@
+
+What is the paper's, what is its code's, and what is ours. Written from the abstract, summaries, and the authors' code
+(github.com/gzhch/Mixture-of-Modules); the paper's own equations were not at hand.
+ 1. The paper's: modules, SKIP, two routers, H rounds, top-K, and the two phases.
+ 2. Its code's: GRU routers on the raw residual; the unweighted sum of queries, keys and values, with gates on the output
+    projections; a temperature of 0.2; bottom and top layers; the weight 0.01 and Switch's form of the balance loss.
+ 3. Gates. The code divides p by its sum over the picks. With K = 1 that is 1, whatever the router does, and no gradient of
+    the language model reaches it: refused here. The default is p itself, as in Switch; --gate renorm is the code's.
+ 4. Balance. The code takes the softmax of its probabilities once more and counts the first pick only. Here p is taken as it
+    is and all K picks count, pooled over rounds. As in the code SKIP is a candidate, so it is pushed to 1/(N+1), too.
+ 5. A token that skips attention keeps a key of zeros, as in the code: a sink, which takes some attention (score 0) and
+    gives nothing.
+ 6. Phase 2 starts from all of phase 1's weights; the code leaves out the final LayerNorm. Dropout is on what a sublayer
+    adds; the code has none in its feed-forward modules.
+ 7. One set of modules and two routers; the code can stack several (chunks), each followed by a plain layer. A router's state
+    has 32 numbers instead of 256, and as many outputs as there are candidates.
+ 8. Which depths and K the paper's models had is not known to us. Its two models of 36 layers: 38% deeper, 60% less deep.
+    The shallow arm, 2 of everything picked with renorm, and the fixed arm are ours.
+ 9. Optimizers: Muon for modules, as in all of this project; AdamW for the routers.
 """
 import argparse
 import contextlib
@@ -145,7 +205,7 @@ class Settings:
         for name, kind in ("attn_modules", "attention"), ("ffn_modules", "feed-forward"):
             n = getattr(self, name)
             if n == 0 or n > free:
-                raise UserError(f"--{name} {n}: modules are layers that phase 1 trained; of --n_layer {self.n_layer}, without "
+                raise UserError(f"--{name} {n}: modules are layers that phase 1 trained; of --n_layer {self.n_layer}, less "
                                 f"--bottom {self.bottom} and --top {self.top}, {free} are left: use 1 to {free}, -1 for all")
             setattr(self, name, n := free if n == -1 else n)
             if self.router != "fixed" and self.route_k > n + self.skip > 1:
@@ -153,8 +213,8 @@ class Settings:
         if self.router == "fixed" and self.route_k > 1:
             raise UserError(f"--router fixed takes one module a round: use --route_k 1, not {self.route_k}")
         if self.router == "gru" and self.gate == "renorm" and self.route_k == 1:
-            raise UserError("--gate renorm with --route_k 1 makes every gate 1: no gradient of the language model would reach the "
-                            "routers; use --gate prob, or --route_k 2")
+            raise UserError("--gate renorm with --route_k 1 makes every gate 1, and no gradient of the language model would "
+                            "reach the routers: use --gate prob, or --route_k 2")
 
 
 # ==== shared: command line
@@ -348,8 +408,8 @@ def assembled_attention(x, d, qkv, out, n_head, dropout=0.0):
         a = softmax(q k^T / sqrt(D) + causal) v
         y_t = sum_{i in S_t} g_i W_i^O a_t
 
-    x: (B, T, C) -> (B, T, C). A query of one module meets keys of others, head by head. A token that picked nothing but SKIP has
-    q = k = v = 0 and y = 0, but others see its key: a score of 0, and no content.
+    x: (B, T, C) -> (B, T, C). A query of one module meets keys of others, head by head. A token that picked nothing but SKIP
+    has q = k = v = 0 and y = 0, but others see its key: a score of 0, and no content.
     """
     B, T, C = x.shape
     rows = d.scatter(qkv(d.gather(x), d))                                                        # (B T, 3C)
@@ -965,8 +1025,8 @@ def settings_of(arm, s):
     if arm == "fixed":
         return dataclasses.replace(s, router="fixed", route_k=1)
     if arm == "shallow":
-        return dataclasses.replace(s, router="gru", route_k=2, gate="renorm", bottom=0, top=0, attn_modules=-1, ffn_modules=-1,
-                                   rounds=max(1, round(0.4 * s.n_layer)))
+        return dataclasses.replace(s, router="gru", route_k=2, gate="renorm", rounds=max(1, round(0.4 * s.n_layer)),
+                                   bottom=0, top=0, attn_modules=-1, ffn_modules=-1)
     return s
 
 
@@ -1016,7 +1076,7 @@ def adopt(model, vanilla):
 
 
 def loss_on(run, model, starts):
-    """Mean cross-entropy over windows of the validation split; for each sublayer of the rounds, the picks (tokens, rounds, K)."""
+    """Mean cross-entropy over windows of the validation split; picks (tokens, rounds, K) of attention and feed-forward."""
     total, picked = 0.0, ([], [])
     model.eval()
     with torch.no_grad():
@@ -1040,7 +1100,7 @@ def without(model, attn=(), mlp=()):
 
 
 def evaluate_arm(run, arm, model):
-    """Where the tokens went, what that costs, and what the modules are worth: the loss without some of them, not trained for it."""
+    """Where the tokens went, what that costs, and what modules are worth: the loss without some, not trained for it."""
     s, t = settings_of(arm, run.settings), run.settings.eval_tokens
     starts = run.data.windows("val", min(t, 2**17) if t else 2**17)
     loss, picked = loss_on(run, model, starts)
@@ -1071,8 +1131,8 @@ def report(run, arms, model):
     """Tables of the arms and of the technique's modules, a sample, and its first tokens with their paths."""
     names = dict(graph_depth="graph depth", parameter_depth="of layers", skip_rate="SKIP", flops_per_token="FLOPs/token, "
                  "real picks", kv_bytes_per_token="KV bytes/token", distinct_paths="paths", tokens="of tokens")
-    print("\nWhat was assembled (validation split):",
-          table([["arm", *names.values()], *([arm, *(a["evaluation"].get(k) for k in names)] for arm, a in arms.items())]), sep="\n")
+    rows = [[arm, *(found["evaluation"].get(name) for name in names)] for arm, found in arms.items()]
+    print("\nWhat was assembled (validation split):", table([["arm", *names.values()], *rows]), sep="\n")
     s, e = run.settings, arms["technique"]["evaluation"]
     if s.rounds:
         ids = [f"{x}{i}" for x, n in (("A", s.attn_modules), ("F", s.ffn_modules)) for i in [*range(n), *["-skip"] * s.skip]]
@@ -1091,7 +1151,8 @@ def report(run, arms, model):
         routes = [], []
         with torch.no_grad(), run.autocast():
             model.states(idx, routes)
-        print("\nIts first tokens and the modules they picked, round by round (. is SKIP):", paths(run, idx[0], routes), sep="\n")
+        print("\nIts first tokens and the modules they picked, round by round (. is SKIP):", paths(run, idx[0], routes),
+              sep="\n")
 
 
 def paths(run, ids, routes, width=100):

@@ -30,7 +30,13 @@ MAPS = [("trained", "trained"), ("random queries and keys", "random"), ("another
 COPIES = [("loss on a part of the validation split", "none"), *((f"with layer {i + 1} using the maps of layer {i}", f"identity.{i}") for i in range(5)),
           *((f"the same, each head its best match, layer {i + 1}", f"best_match.{i}") for i in range(5)),
           ("with all that reuse using those of layer 0", "all_identity"), ("the same, each head its best match", "all_best_match")]
+LOSSES = [("all modules", "none"), ("without the less used half of attention", "half_attention"), ("without the least used quarter of feed-forward", "quarter_ffn"),
+          ("without both", "both"), *((f"without {kind}{i} alone", f"{kind}{i}") for kind in "AF" for i in range(4))]
 ROWS = {
+    "nano_mom": [("parameters", "parameters"), *COMMON, ("graph depth", "evaluation.graph_depth"),
+                 ("training FLOPs a token, real picks", "evaluation.flops_per_token"), ("KV bytes a token", "evaluation.kv_bytes_per_token"),
+                 ("picks that are SKIP, attention", "evaluation.skip_rate_attention"), ("picks that are SKIP, feed-forward", "evaluation.skip_rate_ffn"),
+                 ("distinct paths", "evaluation.distinct_paths"), *((name, f"evaluation.loss_without_modules.{key}") for name, key in LOSSES)],
     "nano_ssa": [*COMMON, *((f"{when}: {name}", f"evaluation.{where}{key}") for name, key in MODES for when, where in
                             (("before fine-tuning", "before_finetune."), ("last weights", "last."), ("best weights", "")))],
     "nano_reuse": [("parameters", "parameters"), *COMMON,
@@ -70,8 +76,11 @@ def table(script, results):
         for arm in arms:
             found = [value_of(r["arms"], arm) for r in results]
             exact = None not in found and all(isinstance(v, int) for v in found) and len(set(found)) == 1
-            spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 and None not in found else ""
-            cells.append("" if None in found else f"{found[0]:,}" if exact else f"{statistics.mean(found):.4f}{spread}")
+            if None in found or exact:
+                cells.append("" if None in found else f"{found[0]:,}")
+                continue
+            places = ",.0f" if max(found) > 100 else ".4f"
+            cells.append(f"{statistics.mean(found):{places}}" + (f" ± {statistics.stdev(found):{places}}" if len(found) > 1 else ""))
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
 

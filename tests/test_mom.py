@@ -274,6 +274,21 @@ def test_vanilla_is_round_h_through_module_h(how, bias):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
+def test_dropout_is_where_vanilla_has_it():
+    """Dispatched to the modules of a vanilla model, with the same draws: the same outputs."""
+    s = settings(rounds=4, dropout=0.3)
+    vanilla, model = model_of(s, model=nano.dense_twin), model_of(s)
+    nano.adopt(model, vanilla.state_dict())
+    model.attn_router, model.mlp_router = Forced([0, 1, 2, 3]), Forced([0, 1, 2, 3])
+    found = []
+    for m in (vanilla, model):
+        torch.manual_seed(3)
+        found.append(m(tokens())[0])
+    torch.testing.assert_close(*found, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(vanilla.eval()(tokens())[0], model.eval()(tokens())[0], atol=1e-12, rtol=1e-9)
+    assert not torch.allclose(found[0], vanilla(tokens())[0])
+
+
 def test_without_modules_it_is_the_dense_twin_of_the_other_files_to_the_bit():
     results, idx = [], tokens(T=17)
     others = nano_ssa.Settings(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50)
@@ -764,6 +779,19 @@ def test_phase_2_begins_with_the_weights_of_phase_1(corpus, tmp_path):
     vanilla, model = (torch.load(out / arm / "ckpt.pt", weights_only=True)["model"] for arm in ("phase1", "technique"))
     assert all(torch.equal(w, model[name]) for name, w in vanilla.items())
     assert not torch.equal(vanilla["ln_f.weight"], torch.ones(32)) and {n.split(".")[0] for n in model if n not in vanilla} == {"attn_router", "mlp_router"}
+
+
+def test_each_phase_has_a_schedule_of_its_own(corpus, tmp_path):
+    out = tmp_path / "out"
+    arm = nano.main([*FOUR, "--dataset", str(corpus), "--max_iters", "20", "--phase1", "0.4", "--out_dir", str(out)])["arms"]["technique"]
+    for name, step, span in ("phase1", 7, (0, 8)), ("technique", 19, (8, 20)):
+        saved = torch.load(out / name / "ckpt.pt", weights_only=True)
+        factor = nano.lr_factor(nano.Settings(warmup_iters=4), step, span)
+        assert all(g["lr"] == pytest.approx(g["peak_lr"] * factor) for o in saved["optimizers"] for g in o["param_groups"])
+        assert 0 < factor < 0.2
+        steps = {int(state["step"]) for state in saved["optimizers"][0]["state"].values()}
+        assert steps == {span[1] - span[0]}, "a fresh optimizer"
+    assert arm["tokens_per_second"] == pytest.approx(12 * 4 * 32 / (arm["train_seconds"] - arm["phase1_seconds"]))
 
 
 @pytest.mark.parametrize("share, spans", [("0", [(0, 0), (0, 10)]), ("0.3", [(0, 3), (3, 10)]), ("1", [(0, 10), (10, 10)])])

@@ -274,6 +274,7 @@ def test_learning_rate():
     s = nano.Settings(max_iters=100, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
     rates = [nano.lr_factor(s, i) for i in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)]) and max(rates) == rates[10] == 1.0
+    assert [nano.lr_factor(s, i, (40, 140)) for i in range(40, 141)] == rates, "a phase begins anew"
     assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
