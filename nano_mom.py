@@ -36,9 +36,10 @@ model, so that modules become different; the second takes it apart and trains mo
 
 whose second part (1 when all E candidates are used alike) keeps the routers from using one module for everything.
 
-A token pays for the modules it chose, and for no other: tokens are sorted by module, multiplied and put back. Some relatives
-are special cases: vanilla (--router fixed, as many rounds as modules), shared layers as in the Universal Transformer
-(--attn_modules 1 --ffn_modules 1 --skip off), a layer of a mixture of experts (--attn_modules 1 --rounds 1 --skip off).
+A token pays for the matrices of the modules it chose, and of no other: tokens are sorted by module, multiplied and put back.
+Attention's scores are computed for all tokens in every round. With --bottom 0 --top 0 some relatives are special cases:
+vanilla (--router fixed, as many rounds as modules), shared layers as in the Universal Transformer (--attn_modules 1
+--ffn_modules 1 --skip off), one layer of a mixture of experts (--attn_modules 1 --rounds 1 --skip off).
 
     python nano_mom.py                          # both phases, evaluation, sample; within 3 minutes on 2 CPU cores
     python nano_mom.py --compare                # beside vanilla, a fixed order without routers, and a shallow assembly
@@ -62,8 +63,8 @@ What is the paper's, what is its code's, and what is ours. Written from the abst
  7. One set of modules and two routers; the code can stack several (chunks), each followed by a plain layer. A router's state
     has 32 numbers instead of 256, and as many outputs as there are candidates.
  8. Which depths and K the paper's models had is not known to us. Its two models of 36 layers: 38% deeper, 60% less deep.
-    The shallow arm, 2 of everything picked with renorm, and the fixed arm are ours.
- 9. Optimizers: Muon for modules, as in all of this project; AdamW for the routers.
+    The shallow arm, which picks 2 of everything with renorm, and the fixed arm are ours.
+ 9. The dense arm has phase 1 and then a new optimizer and schedule, as all arms. Muon trains the modules, AdamW the routers.
 """
 import argparse
 import contextlib
@@ -119,7 +120,7 @@ class Settings:
     # the technique
     attn_modules: int = flag(-1, "N_A: attention modules, from the first layers between bottom and top (-1: all)", least=-1)
     ffn_modules: int = flag(-1, "N_F: feed-forward modules, likewise", least=-1)
-    rounds: int = flag(-1, "H: rounds of assembly (-1: a graph 38% deeper than the vanilla model)", least=-1)
+    rounds: int = flag(-1, "H: rounds of assembly (-1: a graph at least 38% deeper than vanilla)", least=-1)
     route_k: int = flag(1, "K: modules that a token picks in a round, SKIP among them", least=1)
     router: str = flag("gru", "who picks: a GRU, the same GRU untrained, or nobody (modules take turns)",
                        choices=("gru", "fixed", "random"))
@@ -193,13 +194,13 @@ class Settings:
 
     def check(self):
         free = self.n_layer - self.bottom - self.top
-        if free < 0:
-            raise UserError(f"--bottom {self.bottom} and --top {self.top} are more layers than --n_layer {self.n_layer}")
-        if free == 0:  # no modules: the vanilla model
-            self.attn_modules = self.ffn_modules = self.rounds = 0
+        if free == self.attn_modules == self.ffn_modules == self.rounds == 0:  # the vanilla model
             return
+        if free <= 0:
+            raise UserError(f"--bottom {self.bottom} and --top {self.top} leave none of --n_layer {self.n_layer} layers to take "
+                            "apart: use more layers, or a smaller --bottom and --top")
         if self.rounds == 0:
-            raise UserError("--rounds must be at least 1 (-1: as many as make the graph 38% deeper)")
+            raise UserError("--rounds must be at least 1 (-1: as many as make the graph at least 38% deeper)")
         if self.rounds == -1:
             self.rounds = max(1, math.ceil(1.38 * self.n_layer) - self.bottom - self.top)
         for name, kind in ("attn_modules", "attention"), ("ffn_modules", "feed-forward"):
@@ -207,7 +208,8 @@ class Settings:
             if n == 0 or n > free:
                 raise UserError(f"--{name} {n}: modules are layers that phase 1 trained; of --n_layer {self.n_layer}, less "
                                 f"--bottom {self.bottom} and --top {self.top}, {free} are left: use 1 to {free}, -1 for all")
-            setattr(self, name, n := free if n == -1 else n)
+            n = free if n == -1 else n
+            setattr(self, name, min(n, self.rounds) if self.router == "fixed" else n)  # as many as get a turn
             if self.router != "fixed" and self.route_k > n + self.skip > 1:
                 raise UserError(f"--route_k {self.route_k} is more than there are: --{name} {n}{' and SKIP' * self.skip}")
         if self.router == "fixed" and self.route_k > 1:
@@ -345,8 +347,8 @@ class Dispatch:
         module, slot = picks.flatten().sort(stable=True)                                         # (M K,), by module
         counts = (module[:, None] == torch.arange(n, device=picks.device)).sum(0)                # (N,)
         if grouped:
-            self.ends, self.real = counts.cumsum(0, dtype=torch.int32), (module < n)[:, None]
-            module = module.clamp(max=n - 1)
+            self.ends, self.used = counts.cumsum(0, dtype=torch.int32), (counts > 0)[:, None, None]
+            self.real, module = (module < n)[:, None], module.clamp(max=n - 1)
         else:
             self.sizes = counts.tolist()
             module, slot = module[:sum(self.sizes)], slot[:sum(self.sizes)]
@@ -391,9 +393,10 @@ class Layers:
         if self.grouped:
             if self.norms:
                 rows = F.layer_norm(rows, rows.shape[-1:], eps=1e-5)
-            # the kernel leaves garbage in SKIP's rows, also in the gradient of its input: neither gets past these two
-            y = grouped_mm(torch.where(d.real, rows, 0).to(self.W.dtype), self.W, offs=d.ends)
-            return torch.where(d.real, y + self.b[d.module], 0)
+            # The kernel leaves garbage in SKIP's rows, in y and in the gradient of its input, and may leave some in the
+            # gradient of weights that no row met (pytorch issues 154557, 172439): nothing of it gets past these three.
+            rows, W = torch.where(d.real, rows, 0).to(self.W.dtype), torch.where(d.used, self.W, 0)
+            return torch.where(d.real, grouped_mm(rows, W, offs=d.ends) + self.b[d.module], 0)
         blocks = rows.split(d.sizes)
         if self.norms:
             blocks = [norm(block) for norm, block in zip(self.norms, blocks)]
@@ -401,28 +404,30 @@ class Layers:
         return torch.cat([y[0] if len(y) == 1 else torch.cat(y, -1) for y in found])
 
 
-def assembled_attention(x, d, qkv, out, n_head, dropout=0.0):
+def assembled_attention(x, picks, gates, qkv, out, n_head, dropout=0.0):
     """One attention over all tokens, whose projections are those of the modules that each token picked.
 
         [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)
         a = softmax(q k^T / sqrt(D) + causal) v
         y_t = sum_{i in S_t} g_i W_i^O a_t
 
-    x: (B, T, C) -> (B, T, C). A query of one module meets keys of others, head by head. A token that picked nothing but SKIP
-    has q = k = v = 0 and y = 0, but others see its key: a score of 0, and no content.
+    x: (B, T, C); picks, gates: (B T, K); qkv, out: Layers of the modules. Returns (B, T, C). A query of one module meets
+    keys of others, head by head. A token that picked nothing but SKIP has q = k = v = 0 and y = 0, but others see its key:
+    a score of 0, and no content.
     """
-    B, T, C = x.shape
+    (B, T, C), d = x.shape, Dispatch(picks, gates, len(qkv.layers), qkv.grouped)
     rows = d.scatter(qkv(d.gather(x), d))                                                        # (B T, 3C)
     q, k, v = rows.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)                     # (B, heads, T, D) each
     a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     rows = out(d.gather(a.transpose(1, 2).flatten(2)), d)                                        # (R, C)
-    return d.scatter(rows * d.gate.to(rows.dtype)).view(B, T, C)
+    return d.scatter(rows * d.gate).view(B, T, C)  # gates and their sums are in float32
 
 
-def assembled_mlp(x, d, fc, proj):
-    """y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t)): (B, T, C) -> (B, T, C)."""
+def assembled_mlp(x, picks, gates, fc, proj):
+    """y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t)). x: (B, T, C); picks, gates: (B T, K). Returns (B, T, C)."""
+    d = Dispatch(picks, gates, len(fc.layers), fc.grouped)
     rows = proj(F.gelu(fc(d.gather(x), d), approximate="tanh"), d)                               # (R, 4C), then (R, C)
-    return d.scatter(rows * d.gate.to(rows.dtype)).view(x.shape)
+    return d.scatter(rows * d.gate).view(x.shape)
 
 
 def balance_loss(routes):
@@ -532,6 +537,9 @@ class GPT(nn.Module):
         for i in self.bottom:
             x.append(self.h[i](x[-1]))
         grouped, attns, mlps = use_grouped_mm(x[-1]), [self.h[i] for i in self.attns], [self.h[i] for i in self.mlps]
+        attend, feed = assembled_attention, assembled_mlp
+        if not grouped:  # rows of other shapes in every step: compiling these would not end
+            attend, feed = torch.compiler.disable(attend), torch.compiler.disable(feed)
         if self.attn_router:
             qkv = Layers([(m.attn.c_q, m.attn.c_k, m.attn.c_v) for m in attns], [m.ln_1 for m in attns], grouped)
             out = Layers([(m.attn.c_proj,) for m in attns], None, grouped)
@@ -543,8 +551,7 @@ class GPT(nn.Module):
             y = x[-1]
             if self.attn_router:
                 picks, gates, p, attn_state = self.attn_router(y.flatten(0, 1), attn_state)
-                d = Dispatch(picks, gates, len(attns), grouped)
-                z = assembled_attention(y, d, qkv, out, self.n_head, self.dropout * self.training)
+                z = attend(y, picks, gates, qkv, out, self.n_head, self.dropout * self.training)
                 y = y + F.dropout(z, self.dropout, self.training)
             else:  # modules take turns
                 m, picks, p = attns[r % len(attns)], torch.full((y.size(0) * y.size(1), 1), r % len(attns)), None
@@ -552,7 +559,7 @@ class GPT(nn.Module):
             routes[0].append((picks, p))
             if self.mlp_router:
                 picks, gates, p, mlp_state = self.mlp_router(y.flatten(0, 1), mlp_state)
-                z = assembled_mlp(y, Dispatch(picks, gates, len(mlps), grouped), fc, proj)
+                z = feed(y, picks, gates, fc, proj)
                 y = y + F.dropout(z, self.dropout, self.training)
             else:
                 m, picks, p = mlps[r % len(mlps)], torch.full((y.size(0) * y.size(1), 1), r % len(mlps)), None
@@ -565,7 +572,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Token ids (B, T) -> logits (B, T, vocab) and, with targets (B, T), the mean cross-entropy in nats; in training mode
-        the balance losses of both routers, times --balance, are added to it."""
+        (so also in the progress bar and in log.jsonl's train_loss) plus --balance times both routers' balance losses."""
         routes = [], []
         logits, loss = self.read_out(self.states(idx, routes)[-1], targets)
         if loss is not None and self.training and self.balance:
@@ -604,7 +611,7 @@ class GPT(nn.Module):
 
 def dense_twin(s):
     """The vanilla model: phase 1 trains it, and the modules are its layers."""
-    return GPT(dataclasses.replace(s, bottom=s.n_layer, top=0))
+    return GPT(settings_of("dense", s))
 
 
 # ==== shared: data
@@ -1018,10 +1025,10 @@ ARMS = ("technique", "dense", "fixed", "shallow")  # the first is trained always
 
 
 def settings_of(arm, s):
-    """dense: vanilla, with the same restart of the learning rate. fixed: the modules take turns, in as many rounds, without
-    routers. shallow: 60% less deep, all layers are modules, and every token picks two of them in each sublayer."""
-    if arm == "dense":
-        return dataclasses.replace(s, bottom=s.n_layer, top=0)
+    """dense: vanilla, with the same restart after phase 1. fixed: modules take turns, in as many rounds, without routers.
+    shallow: about 60% less deep (2 rounds for 6 layers), all layers are modules, every token picks two in each sublayer."""
+    if arm in ("dense", "phase1"):
+        return dataclasses.replace(s, bottom=s.n_layer, top=0, attn_modules=0, ffn_modules=0, rounds=0)
     if arm == "fixed":
         return dataclasses.replace(s, router="fixed", route_k=1)
     if arm == "shallow":
@@ -1035,9 +1042,9 @@ def build(arm, s):
 
 
 def flops_per_token(s, arm, attn=None, ffn=None):
-    """Training FLOPs for a token, forward and backward: 6 for each weight in a matrix product that it meets (the tied head is
-    one, the embedding is not) and 12 for each channel of each score, in every layer and round, the causal square in full.
-    attn, ffn: modules that a token met in a round, on average; left out, all K picks count, as if none were SKIP."""
+    """Training FLOPs for a token in phase 2, forward and backward: 6 for each weight in a matrix product that it meets (the
+    tied head is one, the embedding is not) and 12 for each channel of each score, in every layer and round, SKIP or not, the
+    causal square in full. attn, ffn: modules that a token met in a round, on average; left out: K, as if none were SKIP."""
     s = settings_of(arm, s)
     T, C, R, plain = s.block_size, s.n_embd, s.router_dim, s.bottom + s.top
     weights = s.vocab_size * C + plain * 12 * C * C
@@ -1063,16 +1070,15 @@ def train_arm(run, arm, model):
         train(run, "phase1", dense_twin(s).to(run.device), span=(0, begin))
     vanilla = read_checkpoint(run, path, "phase1")
     adopt(model, vanilla["model"])
-    trained = train(run, arm, model, span=(begin, s.max_iters))
-    seconds = vanilla["now"]["train_seconds"]
-    return {**trained, "train_seconds": seconds + trained["train_seconds"], "phase1_seconds": seconds,
-            "phase1_val_loss": vanilla["now"]["val_loss"]}
+    phase1 = dict(phase1_seconds=vanilla["now"]["train_seconds"], phase1_val_loss=vanilla["now"]["val_loss"])
+    del vanilla  # its optimizers
+    return {**train(run, arm, model, span=(begin, s.max_iters)), **phase1}
 
 
 def adopt(model, vanilla):
     """The weights of the vanilla model, as they are. Layers that became no module are left out; routers keep theirs."""
     own = model.state_dict()
-    model.load_state_dict({**own, **{name: w for name, w in vanilla.items() if name in own}})
+    model.load_state_dict({name: w if "router" in name else vanilla[name] for name, w in own.items()})
 
 
 def loss_on(run, model, starts):
@@ -1099,6 +1105,25 @@ def without(model, attn=(), mlp=()):
     return model
 
 
+def take_away(run, s, model, load):
+    """The loss without some modules, not trained for it, on 16,384 tokens of the validation split: without the less used half
+    of attention, the least used quarter of feed-forward, both, all of a kind, and each alone. Returns {case: loss} and {case:
+    names of modules}; cases that leave a router fewer than K candidates are left out."""
+    routers, sizes = (model.attn_router, model.mlp_router), (s.attn_modules, s.ffn_modules)
+    attns, mlps = (sorted(range(n), key=lambda e: sum(x[e] for x in rows)) if router else []  # the least used first
+                   for router, n, rows in zip(routers, sizes, load))
+    half, quarter = attns[:len(attns) // 2], mlps[:len(mlps) // 4]
+    cases = dict(half_attention=(half, []), quarter_ffn=([], quarter), both=(half, quarter) if half and quarter else ([], []),
+                 all_attention=(attns, []), all_ffn=([], mlps),
+                 **{f"A{e}": ([e], []) for e in sorted(attns)}, **{f"F{e}": ([], [e]) for e in sorted(mlps)})
+    cases = {name: case for name, case in cases.items() if any(case) and all(
+             n - len(closed) + s.skip >= s.route_k for n, closed in zip(sizes, case) if closed)}
+    starts = run.data.windows("val", min(run.settings.eval_tokens or 2**14, 2**14))
+    losses = {name: loss_on(run, without(model, *case), starts)[0] for name, case in {"none": ([], []), **cases}.items()}
+    return losses if cases else {}, {name: [f"A{e}" for e in sorted(attn)] + [f"F{e}" for e in sorted(mlp)]
+                                     for name, (attn, mlp) in cases.items()}
+
+
 def evaluate_arm(run, arm, model):
     """Where the tokens went, what that costs, and what modules are worth: the loss without some, not trained for it."""
     s, t = settings_of(arm, run.settings), run.settings.eval_tokens
@@ -1116,14 +1141,7 @@ def evaluate_arm(run, arm, model):
                  distinct_paths=len(set(map(bytes, torch.cat([picks.flatten(1) for picks in picked], 1).tolist()))),
                  flops_per_token=flops_per_token(run.settings, arm, *real))
     found["kv_bytes_per_token"] = 2 * found["graph_depth"] * s.n_embd * run.dtype.itemsize
-    if model.attn_router and model.mlp_router:
-        starts = starts[:max(1, 2**14 // s.block_size)]
-        least = [sorted(range(m), key=lambda e: sum(x[e] for x in rows)) for m, rows in zip(n, load)]  # the least used first
-        few = least[0][:n[0] // 2], least[1][:n[1] // 4]
-        cases = dict(none=((), ()), half_attention=(few[0], ()), quarter_ffn=((), few[1]), both=few,
-                     **{f"A{e}": ([e], ()) for e in range(n[0])}, **{f"F{e}": ((), [e]) for e in range(n[1])})
-        found["loss_without_modules"] = {name: loss_on(run, without(model, *case), starts)[0] for name, case in cases.items()
-                                         if all(m - len(closed) + s.skip >= s.route_k for m, closed in zip(n, case))}
+    found["loss_without_modules"], found["removed"] = take_away(run, s, model, load)
     return found
 
 
@@ -1133,18 +1151,20 @@ def report(run, arms, model):
                  "real picks", kv_bytes_per_token="KV bytes/token", distinct_paths="paths", tokens="of tokens")
     rows = [[arm, *(found["evaluation"].get(name) for name in names)] for arm, found in arms.items()]
     print("\nWhat was assembled (validation split):", table([["arm", *names.values()], *rows]), sep="\n")
-    s, e = run.settings, arms["technique"]["evaluation"]
+    s, e, arm = run.settings, arms["technique"]["evaluation"], arms["technique"]
+    print(f"\nPhase 1, which all arms share: {round(s.phase1 * s.max_iters):,} steps, {arm['phase1_seconds']:.0f} seconds, "
+          f"val loss {arm['phase1_val_loss']:.4f}. Steps and times of the arms are those of phase 2.")
     if s.rounds:
         ids = [f"{x}{i}" for x, n in (("A", s.attn_modules), ("F", s.ffn_modules)) for i in [*range(n), *["-skip"] * s.skip]]
         rows = [[f"round {r + 1}", *(f"{100 * x:.0f}" for x in a + f)]
                 for r, (a, f) in enumerate(zip(e["load"]["attention"], e["load"]["ffn"]))]
         print("\nWhich module each round uses, in % of the picks (A: attention, F: feed-forward):",
               table([["", *ids], *rows]), sep="\n")
-    if "loss_without_modules" in e:
-        words = dict(none="all modules", half_attention="without the less used half of attention",
-                     quarter_ffn="without the least used quarter of feed-forward", both="without both")
-        rows = [[words.get(name, f"without {name} alone"), f"{x:.4f}"] for name, x in e["loss_without_modules"].items()]
-        print("\nThe trained model when modules are taken away (on a part of the validation split):",
+    if e["loss_without_modules"]:
+        rows = [[" ".join(["without", *e["removed"][name]]) if name in e["removed"] else "all modules", f"{x:.4f}"]
+                for name, x in e["loss_without_modules"].items()]
+        print("\nThe trained model when modules are taken away: the less used half of attention, the least used quarter of "
+              "feed-forward, both,\nall of a kind, and each alone (on a part of the validation split):",
               table([["", "loss"], *rows]), sep="\n")
     idx = sample(run, model)[:, :s.block_size]
     if s.rounds:
@@ -1157,13 +1177,12 @@ def report(run, arms, model):
 
 def paths(run, ids, routes, width=100):
     """Text with the picks of every token below it: a column for each token (T,), two lines for each round."""
-    s = run.settings
-    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
-    text = [run.data.decode([t]).replace("\n", "¶") for t in ids.tolist()]
-    lines = [["", *text]]
+    s, digits = run.settings, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    text = [run.data.decode([t]) for t in ids.tolist()]
+    lines = [["", *("".join(c if c.isprintable() else "¶" for c in token)[:12] for token in text)]]
     for r, both in enumerate(zip(*routes)):
         for kind, n, (picks, p) in zip("AF", (s.attn_modules, s.ffn_modules), both):
-            ids = ("".join("." if i == n else digits[i % 36] for i in sorted(token)) for token in picks.tolist())
+            ids = ("".join("." if i == n else digits[i % 62] for i in sorted(token)) for token in picks.tolist())
             lines.append([f"{r + 1} {kind}  ", *ids])
     widths = [max(map(len, column)) for column in zip(*lines)]
     fits = sum(sum(widths[:i + 1]) <= width for i in range(len(widths)))

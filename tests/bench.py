@@ -248,23 +248,22 @@ def reuse(args):
 
 # mom
 
-def gates_of(d, N):
+def spread(picks, gates, N):
     """The gates of one round as (M, N), 0 where a module was not picked, and the mask of those that were."""
-    at = d.token, d.module
-    return (torch.zeros(d.tokens, N, device=d.token.device).index_put(at, x.flatten().float()) for x in (d.gate, torch.ones_like(d.gate)))
+    return (torch.zeros(len(picks), N, device=picks.device).scatter(1, picks, x) for x in (gates, torch.ones_like(gates)))
 
 
-def masked_mlp(x, d, fc, proj):
+def masked_mlp(x, picks, gates, fc, proj):
     """assembled_mlp with every module on every token."""
-    gates, _ = gates_of(d, len(fc.layers))
+    gates, _ = spread(picks, gates, len(fc.layers))
     return sum(gates[:, i, None] * out(F.gelu(into(norm(x.flatten(0, 1))), approximate="tanh"))
                for i, ((into,), norm, (out,)) in enumerate(zip(fc.layers, fc.norms, proj.layers))).view(x.shape)
 
 
-def masked_attention(x, d, qkv, out, n_head, dropout=0.0):
+def masked_attention(x, picks, gates, qkv, out, n_head, dropout=0.0):
     """assembled_attention with every module on every token."""
     B, T, C = x.shape
-    gates, mask = gates_of(d, len(qkv.layers))
+    gates, mask = spread(picks, gates, len(qkv.layers))
     normed = [norm(x.flatten(0, 1)) for norm in qkv.norms]
     q, k, v = (sum(mask[:, i, None] * module[part](normed[i]) for i, module in enumerate(qkv.layers)).view(B, T, n_head, C // n_head).transpose(1, 2)
                for part in range(3))
@@ -310,8 +309,7 @@ def mom(args):
                 some, grouped = blocks[:N], nano_mom.use_grouped_mm(x)
                 fc = nano_mom.Layers([(m.mlp.c_fc,) for m in some], [m.ln_2 for m in some], grouped)
                 proj = nano_mom.Layers([(m.mlp.c_proj,) for m in some], None, grouped)
-                y = nano_mom.assembled_mlp(x, nano_mom.Dispatch(picks, gates, N, grouped), fc, proj)
-                return ((x + y) * target).mean()
+                return ((x + nano_mom.assembled_mlp(x, picks, gates, fc, proj)) * target).mean()
 
             arms[f"N = {N}"] = stepper(routed, [x, gates, *blocks.parameters()], device)
             arms[f"N = {N}, masked"] = masked(arms[f"N = {N}"])

@@ -31,7 +31,7 @@ COPIES = [("loss on a part of the validation split", "none"), *((f"with layer {i
           *((f"the same, each head its best match, layer {i + 1}", f"best_match.{i}") for i in range(5)),
           ("with all that reuse using those of layer 0", "all_identity"), ("the same, each head its best match", "all_best_match")]
 LOSSES = [("all modules", "none"), ("without the less used half of attention", "half_attention"), ("without the least used quarter of feed-forward", "quarter_ffn"),
-          ("without both", "both"), *((f"without {kind}{i} alone", f"{kind}{i}") for kind in "AF" for i in range(4))]
+          ("without both", "both"), ("without all attention modules", "all_attention"), ("without all feed-forward modules", "all_ffn"), *((f"without {kind}{i} alone", f"{kind}{i}") for kind in "AF" for i in range(4))]
 ROWS = {
     "nano_mom": [("parameters", "parameters"), *COMMON, ("graph depth", "evaluation.graph_depth"),
                  ("training FLOPs a token, real picks", "evaluation.flops_per_token"), ("KV bytes a token", "evaluation.kv_bytes_per_token"),
