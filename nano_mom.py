@@ -404,6 +404,12 @@ class Layers:
         return torch.cat([y[0] if len(y) == 1 else torch.cat(y, -1) for y in found])
 
 
+def assembled_heads(x, d, qkv, n_head):
+    """(B, T, C) -> queries, keys, values, each (B, heads, T, D): sums over what a token picked, without gates."""
+    B, T, C = x.shape
+    return d.scatter(qkv(d.gather(x), d)).view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
+
+
 def assembled_attention(x, picks, gates, qkv, out, n_head, dropout=0.0):
     """One attention over all tokens, whose projections are those of the modules that each token picked.
 
@@ -416,8 +422,7 @@ def assembled_attention(x, picks, gates, qkv, out, n_head, dropout=0.0):
     a score of 0, and no content.
     """
     (B, T, C), d = x.shape, Dispatch(picks, gates, len(qkv.layers), qkv.grouped)
-    rows = d.scatter(qkv(d.gather(x), d))                                                        # (B T, 3C)
-    q, k, v = rows.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)                     # (B, heads, T, D) each
+    q, k, v = assembled_heads(x, d, qkv, n_head)
     a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     rows = out(d.gather(a.transpose(1, 2).flatten(2)), d)                                        # (R, C)
     return d.scatter(rows * d.gate).view(B, T, C)  # gates and their sums are in float32
@@ -1124,6 +1129,23 @@ def take_away(run, s, model, load):
                                      for name, (attn, mlp) in cases.items()}
 
 
+@torch.no_grad()
+def attention_to_skip(run, s, model):
+    """For every round, how many tokens picked nothing but SKIP, so that their keys and values are 0, and how much of all
+    attention goes to them: means over heads and queries, on 4,096 tokens of the validation split."""
+    x, _ = run.data.rows("val", run.data.windows("val", min(run.settings.eval_tokens or 2**12, 2**12)))
+    routes, found = ([], []), []
+    states, layers = model.states(x, routes), [model.h[i] for i in model.attns]
+    qkv = Layers([(m.attn.c_q, m.attn.c_k, m.attn.c_v) for m in layers], [m.ln_1 for m in layers], False)
+    for y, (picks, p) in zip(states[s.bottom:], routes[0]):
+        q, k, v = assembled_heads(y, Dispatch(picks, torch.ones_like(picks), len(layers), False), qkv, s.n_head)
+        hidden = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
+        maps = (q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))).masked_fill(hidden, -math.inf).softmax(-1)
+        skipped = (picks == len(layers)).all(-1).view(x.shape).to(maps.dtype)
+        found.append(dict(attention=(maps * skipped[:, None, None]).sum(-1).mean().item(), tokens=skipped.mean().item()))
+    return found
+
+
 def evaluate_arm(run, arm, model):
     """Where the tokens went, what that costs, and what modules are worth: the loss without some, not trained for it."""
     s, t = settings_of(arm, run.settings), run.settings.eval_tokens
@@ -1141,6 +1163,7 @@ def evaluate_arm(run, arm, model):
                  distinct_paths=len(set(map(bytes, torch.cat([picks.flatten(1) for picks in picked], 1).tolist()))),
                  flops_per_token=flops_per_token(run.settings, arm, *real))
     found["kv_bytes_per_token"] = 2 * found["graph_depth"] * s.n_embd * run.dtype.itemsize
+    found["attention_to_skip"] = attention_to_skip(run, s, model) if model.attn_router and s.skip else []
     found["loss_without_modules"], found["removed"] = take_away(run, s, model, load)
     return found
 
@@ -1158,8 +1181,10 @@ def report(run, arms, model):
         ids = [f"{x}{i}" for x, n in (("A", s.attn_modules), ("F", s.ffn_modules)) for i in [*range(n), *["-skip"] * s.skip]]
         rows = [[f"round {r + 1}", *(f"{100 * x:.0f}" for x in a + f)]
                 for r, (a, f) in enumerate(zip(e["load"]["attention"], e["load"]["ffn"]))]
-        print("\nWhich module each round uses, in % of the picks (A: attention, F: feed-forward):",
-              table([["", *ids], *rows]), sep="\n")
+        for row, x in zip(rows, e["attention_to_skip"]):
+            row.append(f"{100 * x['attention']:.0f}")
+        print("\nWhich module each round uses, in % of the picks (A: attention, F: feed-forward); % of attention to tokens that skip:",
+              table([["", *ids, *["to skip"] * bool(e["attention_to_skip"])], *rows]), sep="\n")
     if e["loss_without_modules"]:
         rows = [[" ".join(["without", *e["removed"][name]]) if name in e["removed"] else "all modules", f"{x:.4f}"]
                 for name, x in e["loss_without_modules"].items()]

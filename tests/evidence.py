@@ -36,7 +36,8 @@ ROWS = {
     "nano_mom": [("parameters", "parameters"), *COMMON, ("graph depth", "evaluation.graph_depth"),
                  ("training FLOPs a token, real picks", "evaluation.flops_per_token"), ("KV bytes a token", "evaluation.kv_bytes_per_token"),
                  ("picks that are SKIP, attention", "evaluation.skip_rate_attention"), ("picks that are SKIP, feed-forward", "evaluation.skip_rate_ffn"),
-                 ("distinct paths", "evaluation.distinct_paths"), *((name, f"evaluation.loss_without_modules.{key}") for name, key in LOSSES)],
+                 ("distinct paths", "evaluation.distinct_paths"), ("tokens that skip attention, round 1", "evaluation.attention_to_skip.0.tokens"),
+                 ("attention that goes to them, round 1", "evaluation.attention_to_skip.0.attention"), *((name, f"evaluation.loss_without_modules.{key}") for name, key in LOSSES)],
     "nano_ssa": [*COMMON, *((f"{when}: {name}", f"evaluation.{where}{key}") for name, key in MODES for when, where in
                             (("before fine-tuning", "before_finetune."), ("last weights", "last."), ("best weights", "")))],
     "nano_reuse": [("parameters", "parameters"), *COMMON,

@@ -681,6 +681,37 @@ def test_removed_modules_are_never_picked(run):
     assert len({value[f"{kind}{e}"] for kind in "AF" for e in range(4)}) == 8
 
 
+def test_attention_to_skip(run):
+    """With equal scores a query spreads its attention evenly: over tokens that skip, and others."""
+    s = run.settings
+    model = model_of(s).float()
+    for block in model.h:
+        block.attn.c_q.weight.data.zero_()
+    picks = torch.randint(3, (16,), generator=torch.Generator().manual_seed(0))  # 2 is SKIP, of two modules
+    model.attn_router.forward = lambda x, state=None: (picks.repeat(len(x) // 16)[:, None], torch.ones(len(x), 1), torch.ones(len(x), 3), None)
+    found = nano.attention_to_skip(run, s, model)
+    skipped = (picks == 2).double()
+    assert len(found) == 3 and 0.2 < skipped.mean() < 0.6
+    for e in found:
+        assert e["tokens"] == pytest.approx(skipped.mean().item(), abs=1e-6)
+        assert e["attention"] == pytest.approx((skipped.cumsum(0) / torch.arange(1, 17)).mean().item(), abs=1e-6)
+
+
+def test_attention_to_skip_is_that_of_the_model(run, monkeypatch):
+    """Keys of 0, seen where the model computes its attention."""
+    s, seen, attention = run.settings, [], F.scaled_dot_product_attention
+    model = model_of(s).float()
+
+    def look(q, k, v, **how):
+        if not torch.equal(q, v) and (k == 0).all(-1).any():
+            scores = (q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))).masked_fill(torch.ones(16, 16, dtype=torch.bool).triu(1), -math.inf)
+            seen.append((scores.softmax(-1) * (k == 0).all(-1)[:, :, None]).sum(-1).mean().item())
+        return attention(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    assert [e["attention"] for e in nano.attention_to_skip(run, s, model)] == pytest.approx(seen, abs=1e-6) and len(seen) == 3
+
+
 def test_loss_on_is_the_loss_of_evaluate(run):
     model = model_of(run.settings).float()
     loss, picked = nano.loss_on(run, model, run.data.windows("val", 2048))
@@ -759,9 +790,9 @@ def test_a_run_of_the_script_compares_its_arms(corpus, tmp_path):
                   "Phase 1, which all arms share: 40 steps", f"without {removed} "):
         assert words in done.stdout, words
     line = next(line for line in done.stdout.splitlines() if line.startswith("round 2 "))
-    assert [int(x) for x in line.split()[2:]] == [int(f"{100 * x:.0f}") for x in e["load"]["attention"][1] + e["load"]["ffn"][1]]
+    assert [int(x) for x in line.split()[2:-1]] == [int(f"{100 * x:.0f}") for x in e["load"]["attention"][1] + e["load"]["ffn"][1]]
     heads = next(line for line in done.stdout.splitlines() if "A-skip" in line).split()
-    assert heads == ["A0", "A1", "A-skip", "F0", "F1", "F-skip"]
+    assert heads == ["A0", "A1", "A-skip", "F0", "F1", "F-skip", "to", "skip"] and len(e["attention_to_skip"]) == 4
     again = nano.main(["--eval_only", "--device", "cpu", "--sample_tokens", "2", "--out_dir", str(out)])["arms"]
     assert again == arms, "--eval_only repeats it for all arms"
 
