@@ -848,6 +848,15 @@ def test_each_phase_has_a_schedule_of_its_own(corpus, tmp_path):
     assert arm["tokens_per_second"] == pytest.approx(12 * 4 * 32 / arm["train_seconds"])
 
 
+def test_initial_weights_of_phase_1_are_those_of_the_seed(corpus, tmp_path):
+    """Whatever arm is trained first, with or without routers."""
+    nano.main([*FOUR, "--dataset", str(corpus), "--max_iters", "0", "--seed", "5", "--out_dir", str(tmp_path / "out")])
+    found = torch.load(tmp_path / "out" / "phase1" / "ckpt.pt", weights_only=True)
+    torch.manual_seed(nano.key(5, "weights"))
+    expected = nano.dense_twin(nano.Settings(**found["settings"])).state_dict()
+    assert all(torch.equal(found["model"][name], w) for name, w in expected.items())
+
+
 @pytest.mark.parametrize("share, spans", [("0", [(0, 0), (0, 10)]), ("0.3", [(0, 3), (3, 10)]), ("1", [(0, 10), (10, 10)])])
 def test_phases_share_out_the_steps(corpus, tmp_path, monkeypatch, share, spans):
     seen, train = [], nano.train
