@@ -239,7 +239,7 @@ class Settings:
             raise UserError("--rounds must be at least 1 (-1: as many as make the graph at least 38% deeper)")
         if self.rounds == -1:
             self.rounds = max(1, math.ceil(1.38 * self.n_layer) - self.bottom - self.top)
-        for name, kind in ("attn_modules", "attention"), ("ffn_modules", "feed-forward"):
+        for name in ("attn_modules", "ffn_modules"):
             n = getattr(self, name)
             if n == 0 or n > free:
                 raise UserError(f"--{name} {n}: modules are layers that phase 1 trained; of --n_layer {self.n_layer}, less "
