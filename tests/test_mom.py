@@ -889,6 +889,8 @@ def test_odd_settings_run(corpus, tmp_path, flags):
     found = nano.main([*argv, "--out_dir", str(tmp_path / "out")])["arms"]["technique"]
     e = found["evaluation"]
     assert math.isfinite(found["val_loss"]) and all(abs(sum(row) - 1) < 1e-6 for rows in e["load"].values() for row in rows)
+    if "renorm" in flags:
+        assert set(e["loss_without_modules"]) == {"none", "F0", "F1"}, "two candidates have to be left"
     if "--skip off" in flags or "fixed" in flags:
         assert e["skip_rate"] == 0 and e["flops_per_token"] == pytest.approx(found["flops_per_token"])
 
