@@ -669,7 +669,7 @@ def find_data(name):
     for folder in (DATA / wanted, Path(wanted)):
         if (folder / "train.bin").exists():
             return folder
-    if wanted not in ("shakespeare_char", "shakespeare", "openwebtext", "stdlib"):
+    if wanted not in ("shakespeare_char", "shakespeare", "openwebtext", "stdlib", "listops"):
         raise UserError(f"--dataset {name}: there is no train.bin in {DATA / wanted}; "
                         f"python data/prepare.py --text FILE --name {name} makes one of a text of yours")
     if not (DATA / "prepare.py").exists():
@@ -943,7 +943,8 @@ def train(run, arm, model, extra=lambda step, turn: {}, keep={}, span=None):
     groups = [group for o in optimizers for group in o.param_groups]
     fast = compiled(run, model, extra, span)
     if run.world > 1:
-        fast = nn.parallel.DistributedDataParallel(fast, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+        fast = nn.parallel.DistributedDataParallel(fast, device_ids=[run.device.index] if run.device.type == "cuda" else None,
+                                                   broadcast_buffers=False)
     model.train()
     loss_sum = torch.tensor(now["loss_sum"], device=run.device)
     nonfinite = torch.tensor(-1, device=run.device)  # the first step whose loss was not finite

@@ -4,6 +4,7 @@ Text in, data/<name>/train.bin + val.bin + meta.json out. The nano scripts call 
     python data/prepare.py shakespeare_char    # tiny Shakespeare, 65 characters: 1,003,854 + 111,540 tokens; 1 MB download
     python data/prepare.py shakespeare         # the same text, GPT-2's BPE: 301,966 + 36,059 tokens
     python data/prepare.py stdlib              # this Python's own library, 96 characters, 10 MB or more; no download
+    python data/prepare.py listops             # 100,000 + 2,000 expressions with their values; generated, no download
     python data/prepare.py openwebtext         # about 9 billion GPT-2 tokens, 24 GB download; pip install datasets
     python data/prepare.py openwebtext --max_docs 100000              # the first 100,000 of its 8 million documents
     python data/prepare.py openwebtext --shards a.parquet b.parquet   # or .jsonl, or .txt (a document per line)
@@ -16,6 +17,9 @@ The last line of a good run:
 train.bin, val.bin   token ids, uint16, little-endian, nothing else in the file: what nanoGPT writes
 meta.json            tokenizer ("char", with its alphabet in the order of the ids, or "gpt2"), vocab_size, train_tokens,
                      val_tokens, source, and the sha256 of the source (null for openwebtext, which is never held as one)
+
+listops is no text: its bins are rows of 65 numbers, the value of an expression (0 to 9) and 64 token ids, filled up with 0; its
+tokenizer is "listops", with its words in the order of the ids.
 
 Without network: put tiny Shakespeare at data/shakespeare_char/input.txt, and let TIKTOKEN_CACHE_DIR name a folder with
 tiktoken's two cached files of GPT-2's vocabulary. Any error is one line that says what to do, with exit status 1.
@@ -34,6 +38,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -284,7 +289,47 @@ def in_order(pool, function, chunks, ahead: int):
         yield pending.popleft().result()
 
 
-CORPORA = {"shakespeare_char": shakespeare_char, "shakespeare": shakespeare, "stdlib": stdlib, "openwebtext": openwebtext}
+LISTOPS = ["", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]"]  # in the order of the ids; the first fills rows up
+LISTOPS_COUNTS = 100_000, 2_000  # expressions to train and to validate on
+
+
+def listops(args, folder: Path, tmp: Path) -> dict:
+    """ListOps (Nangia and Bowman, 2018), small: expressions of 8 to 64 tokens, two to five arguments, nested up to two, three or
+    four deep, and all ten values equally often. The validation split is drawn first; no expression is drawn twice."""
+    drawn = set()
+    for split, count in zip(("val", "train"), reversed(LISTOPS_COUNTS)):
+        rng, rows, left = random.Random(f"listops {split}"), [], [count // 10] * 10
+        while len(rows) < count:
+            ids, value = expression(rng, rng.randint(2, 4))
+            row = (value, *ids, *[0] * (64 - len(ids)))
+            if 8 <= len(ids) <= 64 and left[value] and row not in drawn:
+                left[value] -= 1
+                drawn.add(row)
+                rows.append(row)
+        rng.shuffle(rows)  # the last ones drawn are those of the rarest value
+        np.array(rows, "<u2").tofile(tmp / f"{split}.bin")
+    return {"tokenizer": "listops", "words": LISTOPS, "vocab_size": len(LISTOPS), "source": "generated", "sha256": None}
+
+
+def expression(rng, depth) -> tuple[list[int], int]:
+    """Token ids of a random expression, and its value: the smallest, the largest, the median (of two middle ones the mean, rounded
+    down), or the sum modulo ten of its arguments. Of these 40% are expressions, up to the depth."""
+    operator = rng.randrange(4)
+    ids, values = [LISTOPS.index("[MIN") + operator], []
+    for _ in range(rng.randint(2, 5)):
+        value = rng.randrange(10)
+        inner = [LISTOPS.index("0") + value]
+        if depth > 1 and rng.random() < 0.4:
+            inner, value = expression(rng, depth - 1)
+        ids += inner
+        values.append(value)
+    values.sort()
+    n = len(values)
+    return [*ids, LISTOPS.index("]")], (values[0], values[-1], (values[(n - 1) // 2] + values[n // 2]) // 2, sum(values) % 10)[operator]
+
+
+CORPORA = {"shakespeare_char": shakespeare_char, "shakespeare": shakespeare, "stdlib": stdlib, "openwebtext": openwebtext,
+           "listops": listops}
 
 
 # ---- from a corpus to its folder ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python tests/bench.py ssa              # subsampled attention against materialised and fused dense attention
     python tests/bench.py reuse            # reused attention maps: training steps of whole models, and decoding
     python tests/bench.py mom              # routed modules against their number, a masked computation and the dense twin
+    python tests/bench.py transevolve      # evolved attention: both implementations, scores in every layer, and the dense twin
     python tests/bench.py base             # a training step of the dense twin against the plain loop of nanoGPT's recipe
     python tests/bench.py base --train     # both trained in turns: seconds and loss on the whole validation split
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nano_mom  # noqa: E402
 import nano_reuse  # noqa: E402
 import nano_ssa as nano  # noqa: E402
+import nano_transevolve  # noqa: E402
 
 
 def machine():
@@ -344,7 +346,91 @@ def mom(args):
     print(nano.table(rows))
 
 
-STEPS = {"ssa": ssa_step, "reuse": reuse_step}
+# transevolve
+
+def written_out(q, k, v, b, real=None):
+    """evolved_sdpa with the scores computed again and written out."""
+    return (nano_transevolve.initial_scores(q, k, real) + b[:, :, None]).softmax(-1).to(v.dtype) @ v
+
+
+def attention_ways(q, k, values, biases):
+    """{name: function} of the attention of a block's layers."""
+    def exp():
+        E0 = nano_transevolve.exponentials(q, k)
+        return [nano_transevolve.evolved_exp(E0, v, b) for v, b in zip(values, biases)]
+
+    def kept():  # as the official code does
+        A0 = nano_transevolve.initial_scores(q, k)
+        return [(A0 + b[:, :, None]).softmax(-1).to(v.dtype) @ v for v, b in zip(values, biases)]
+
+    return {"scores in every layer": lambda: [written_out(q, k, v, b) for v, b in zip(values, biases)], "scores once": kept,
+            "exp": exp, "sdpa": lambda: [nano_transevolve.evolved_sdpa(q, k, v, b) for v, b in zip(values, biases)]}
+
+
+TRANSEVOLVE = {"dense twin": dict(evolve="dense"), **{f"{6 // L} x {L}, {name}": dict(blocks=6 // L, evolve_impl=impl) for L in (3, 6)
+               for name, impl in (("scores in every layer", "sdpa"), ("exp", "exp"), ("sdpa", "sdpa"))}}
+
+
+def transevolve_step(name, T, tokens, device):
+    """Forward and backward of a whole model: 6 layers, 2 heads of 64 (of 128 in queries and keys), vocabulary 65."""
+    torch.manual_seed(0)
+    model = nano_transevolve.GPT(nano_transevolve.Settings(n_head=2, n_embd=128, block_size=T, **TRANSEVOLVE[name])).to(device)
+    idx = torch.randint(65, (max(1, tokens // T), T), device=device)
+
+    def forward():
+        kept = nano_transevolve.evolved_sdpa
+        nano_transevolve.evolved_sdpa = written_out if "scores" in name else kept
+        try:
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                return model(idx, idx)[1]
+        finally:
+            nano_transevolve.evolved_sdpa = kept
+
+    step = stepper(forward, list(model.parameters()), device)
+    step.forward, step.inputs = forward, [*model.parameters(), *model.buffers()]
+    return step
+
+
+def transevolve(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    print(f"attention, 2 heads of 64 (of 128 in queries and keys), {args.tokens:,} tokens, forward and backward; {machine()}\n")
+    rows = [["T", "layers", "attention", "time a layer", "vs scores in every layer", "vs sdpa"]]
+    for T in args.T:
+        B = max(1, args.tokens // T)
+        for L in (3, 6):
+            q, k = (torch.randn(B, 2, T, 128, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+            values = [torch.randn(B, 2, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(L)]
+            biases = [torch.randn(B, 2, T, device=device, requires_grad=True) for _ in range(L)]
+            ways = attention_ways(q, k, values, biases)
+            first = ways["scores in every layer"]()
+            for name, f in ways.items():  # what is compared computes the same
+                for a, b in zip(f(), first):
+                    torch.testing.assert_close(a, b, atol=3e-2 if device == "cuda" else 1e-4, rtol=1e-2)
+
+            def step(f):
+                for x in (q, k, *values, *biases):
+                    x.grad = None
+                sum((y * y).sum() for y in f()).backward()
+
+            times = in_turns({name: (lambda f=f: step(f)) for name, f in ways.items()}, args.runs, device)
+            for name, t in times.items():
+                rows.append([f"{T}", L, name, f"{1000 * t / L:.1f} ms", f"{times['scores in every layer'] / t:.2f}x", f"{times['sdpa'] / t:.2f}x"])
+    print(nano.table(rows))
+    print(f"\ntraining step of a model, 6 layers, {args.tokens:,} tokens, forward and backward\n")
+    rows = [["T", "model", "saved bytes", "peak bytes", "time", "vs scores in every layer", "vs dense twin"]]
+    for T in args.T:
+        steps = {name: transevolve_step(name, T, args.tokens, device) for name in TRANSEVOLVE}
+        times = in_turns(steps, args.runs, device)
+        for name, t in times.items():
+            slow = times.get(f"{name.split(',')[0]}, scores in every layer")
+            rows.append([f"{T}", name, kept_bytes(steps[name].forward, steps[name].inputs), peak_bytes("transevolve", name, T, args.tokens, device),
+                         f"{1000 * t:.1f} ms", slow and f"{slow / t:.2f}x", f"{times['dense twin'] / t:.2f}x"])
+        del steps
+    print(nano.table(rows))
+
+
+STEPS = {"ssa": ssa_step, "reuse": reuse_step, "transevolve": transevolve_step}
 
 
 # base: the loop that nanoGPT's README and config/train_shakespeare_char.py describe, written plainly
@@ -503,9 +589,9 @@ def base(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for bench in (ssa, reuse):
+    for bench in (ssa, reuse, transevolve):
         p = commands.add_parser(bench.__name__)
-        p.add_argument("--T", type=int, nargs="+", default=[256, 1024, 4096])
+        p.add_argument("--T", type=int, nargs="+", default=[64, 256, 1024, 4096] if bench is transevolve else [256, 1024, 4096])
         p.add_argument("--tokens", type=int, default=4096)
         p.add_argument("--runs", type=int, default=7)
         p.set_defaults(run=bench)

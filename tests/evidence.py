@@ -3,6 +3,7 @@
     python tests/evidence.py nano_ssa                              # seeds 1, 2, 3 on Shakespeare at the default size
     python tests/evidence.py nano_ssa --share 0.03                 # on the first 3% of the training text
     python tests/evidence.py nano_ssa --seeds 1 2 3 4 5 -- --sigma 1    # flags after -- go to the script
+    python tests/evidence.py nano_transevolve --arms technique dense    # not all arms of the comparison
 
 Every run is the script's own `--compare`, in out/evidence/; a run that was interrupted goes on, a finished one is read.
 """
@@ -40,6 +41,12 @@ ROWS = {
                  ("attention that goes to them, round 1", "evaluation.attention_to_skip.0.attention"), *((name, f"evaluation.loss_without_modules.{key}") for name, key in LOSSES)],
     "nano_ssa": [*COMMON, *((f"{when}: {name}", f"evaluation.{where}{key}") for name, key in MODES for when, where in
                             (("before fine-tuning", "before_finetune."), ("last weights", "last."), ("best weights", "")))],
+    "nano_transevolve": [("parameters without embeddings", "parameters_non_embedding"), ("training FLOPs a token", "flops_per_token"), *COMMON,
+                         ("accuracy, best weights", "evaluation.accuracy"), ("products Q K^T in a forward pass", "evaluation.qk_products"),
+                         *((f"maps change from layer {l} to {l + 1}", f"evaluation.map_distance.{l}") for l in range(5)),
+                         *((f"spread of the bias in layer {l}", f"evaluation.bias_by_depth.{l}") for l in range(6)),
+                         ("largest bias", "evaluation.bias_largest"), ("loss with the biases set to 0", "evaluation.frozen.val_loss"),
+                         ("accuracy with the biases set to 0", "evaluation.frozen.accuracy")],
     "nano_reuse": [("parameters", "parameters"), *COMMON,
                    *((f"similarity to {whose}: {name}", f"evaluation.similarity_{where}.{key}", "dense") for name, key in MAPS
                      for whose, where in (("the layer below", "below"), ("layers further below", "further"))),
@@ -98,17 +105,20 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--dataset", default="shakespeare_char")
     parser.add_argument("--share", type=float, default=1.0, help="of the training split that is used")
+    parser.add_argument("--arms", nargs="+", help="only these; the first of the script is always trained")
     parser.add_argument("--name", default="", help="tells the runs of one set of flags from those of another")
     own, flags = (sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]) if "--" in sys.argv else (sys.argv[1:], [])
     args = parser.parse_args(own)
     import importlib
-    folder = importlib.import_module(args.script).find_data(args.dataset)
+    script = importlib.import_module(args.script)
+    folder = script.find_data(args.dataset)
     if args.share < 1:
         folder = part_of(folder, args.share)
     results = []
     for seed in args.seeds:
         out = Path("out") / "evidence" / f"{args.script}-{folder.name}{args.name and '-' + args.name}-{seed}"
-        command = [sys.executable, str(ROOT / f"{args.script}.py"), "--compare", "--dataset", str(folder), "--seed", str(seed),
+        arms = f"nano.ARMS = tuple(arm for arm in nano.ARMS if arm in {[script.ARMS[0], *args.arms]}); " if args.arms else ""
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {args.script} as nano; {arms}nano.main()", "--compare", "--dataset", str(folder), "--seed", str(seed),
                    "--out_dir", str(out), *flags, *(["--resume"] if (out / "results.json").exists() else [])]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         results.append(json.loads((out / "results.json").read_text(encoding="utf-8")))
