@@ -3,7 +3,74 @@
 # dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken", "tqdm", "pytest"]
 # ///
 """
-DOCSTRING
+TransEvolve
+
+    "Redesigning the Transformer Architecture with Insights from Multi-particle Dynamical Systems"
+    Dutta, Gautam, Chakrabarti and Chakraborty, NeurIPS 2021, https://arxiv.org/abs/2109.15142
+
+Take the tokens for particles. A transformer layer is then a step in time of a system in which they interact and drift:
+
+    dx_i/dt = F(x_i, [x_1 .. x_T], t) + G(x_i, t)          interaction (attention) and convection (feed-forward)
+
+    x_i <- x_i + F(x_i, [x_1 .. x_T], t)                   solved one after the other (Lie-Trotter splitting),
+    x_i <- x_i + G(x_i, t)                                 by one Euler step each
+
+An ordinary layer learns and computes its F from scratch, as if it knew nothing of the step before. TransEvolve computes the
+interaction once for a block of layers, from the block's input x, and lets it evolve with depth l. To this end queries and keys
+read token and depth, [x; T^l], where T^l = c^l * (sines and cosines of l), with learned c^l. Multiplied out, a score has four terms:
+
+    S^l_ij  =  A0_ij  +  A1Q_i . T^l  +  A1K_j . T^l  +  A2 . (T^l * T^l)            P^l = softmax_j(S^l), for each head
+               tokens    query, depth    key, depth      depth, depth
+
+The first three factors A are computed once a block; what is left for a layer is cheap. But look at the indices: the second and the
+fourth term do not depend on j, and softmax does not see what is the same for all j. Two of the four terms cancel, exactly, and so
+do the gradients of their weights (a quarter of W_K and W_Q: left out here). Evolution is one bias for each key and head, no more:
+
+    P^l = softmax_j(A0_ij + b^l_j)                 b^l_j = K_j . (W T^l)
+
+It can raise and lower how much a key is looked at, by all queries alike; it cannot pair queries and keys anew. Hence two
+implementations of the one function:
+
+    exp     E0 = exp(A0) once a block, then a product in each layer:  P^l v = E0 (w v) / E0 w,   w = exp(b^l)
+    sdpa    the bias as one more channel of queries and keys, [q, 1] . [k, b]: a fused kernel, no T x T matrix in memory,
+            but the scores are computed again in every layer
+
+      x ---> Q, K -----> E0 -----------+----------------+                    a block of 2 layers: values are the normed stream
+      |      K --------> w^0 ----------|--> w^1 --------|                    cut into heads, without a projection
+      |                                |                |
+      +--> x + [E0 (w^0 LN x)] W_O --> + FF --> x + [E0 (w^1 LN x)] W_O --> + FF --> LN --> the next block
+
+The feed-forward part G is a ReLU MLP of each layer's own (--ffn full), or two fixed random matrices that depend on the
+depth, with learned scales between them (--ffn random): next to no weights. In units of n_embd^2, for six layers:
+
+                            1 block of 6      2 blocks of 3        dense twin
+    --ffn full              62 - 2 = 60       70 - 4 = 66              72         (- : what cancels in the softmax)
+    --ffn random            14 - 2 = 12       22 - 4 = 18
+
+    python nano_transevolve.py                                    # train, evaluate, sample; within 3 minutes on 2 CPU cores
+    python nano_transevolve.py --compare                          # beside the dense twin, one with as few weights, no evolution, ...
+    python nano_transevolve.py --ffn random --blocks 1
+    python nano_transevolve.py --task listops                     # an encoder that computes [MAX 2 9 [MIN 4 7 ] 0 ]
+
+What we found. RESULTS
+
+What it costs. COSTS
+
+What is the paper's and what is ours. Written from the abstract, the introduction, Figure 1 and the authors' TensorFlow code
+(github.com/LCS2-IIITD/TransEvolve), which the numbers 1 to 6 follow; the paper's other equations were not at hand:
+ 1. Queries and keys of width 2 n_embd in all (token and depth, as many numbers of each) from the block's input without a
+    LayerNorm; A0 divided by sqrt(2 n_embd / n_head), the depth terms not; A1K with all of K, not a head's slice alone.
+ 2. T^l = c^l * [sin(p l pi/64), cos(p l pi/64)], c^l per layer; its numbers belong to the heads in order, so that low heads get
+    sines and high heads cosines; at l = 0 the sines are 0. l counts from 0 in every block (--time_depth_offset 1: from 1).
+ 3. The term of depth with depth is the diagonal only. It cancels, as the full one would.
+ 4. Values LN(x) without a projection, W_O and Q, K without biases; LayerNorm on the whole stream at a block's end; embeddings
+    times sqrt(n_embd), positions too: the first scores see no norm.
+ 5. Dropout on queries, keys and what a layer writes, none on the maps. ReLU and biases in the feed-forward part.
+ 6. randomFF as it is there, with its quirks: a block's first one (l = 0) is a bias, its matrices are only approximately
+    orthogonal, and it begins near 0. Left out: 3 n_embd of its scales, which no entry of a matrix sees.
+ 7. Ours: learned positions (theirs are sines), GPT-2's initial weights (theirs: Glorot's; embeddings N(0, 1/n_embd)), LayerNorm with
+    eps 1e-5 (theirs 1e-3), the mean of an encoder without padding (theirs with it), one optimizer for all arms.
+ 8. Ours: the decoder-only model. The paper's regimes are encoder-decoder, not here, and encoder-only; its ListOps are longer.
 """
 import argparse
 import contextlib
@@ -53,7 +120,7 @@ def key(*parts):
 # ==== end shared
 
 
-EXPRESSION = 64  # tokens in a row of --task listops, the shorter ones filled up with token 0
+EXPRESSION = 32  # tokens in a row of --task listops, the shorter ones filled up with token 0
 
 
 @dataclasses.dataclass
@@ -62,10 +129,10 @@ class Settings:
     blocks: int = flag(2, "blocks of layers; each computes its scores once", least=1)
     ffn: str = flag("full", "feed-forward: learned matrices, or fixed random ones of depth with learned scales",
                     choices=("full", "random"))
-    evolve: str = flag("on", "off: all layers of a block use its first scores; dense: GPT-2's layers, the twin",
+    evolve: str = flag("on", "off: all layers of a block use its first scores; dense: GPT-2's layers, the twin, without blocks",
                        choices=("on", "off", "dense"))
-    evolve_impl: str = flag("auto", "exp: one exponential a block; sdpa: a fused kernel computes the scores again in every layer; "
-                            "auto: the faster", choices=("auto", "sdpa", "exp"), free=True)
+    evolve_impl: str = flag("auto", "exp: one exponential a block; sdpa: a fused kernel, which computes the scores again in every "
+                            "layer; auto: the faster", choices=("auto", "sdpa", "exp"), free=True)
     time_depth_offset: int = flag(0, "depth l of a block's first layer, 0 or 1", least=0, most=1)
     task: str = flag("lm", "lm: next token, decoder-only; listops: the value of an expression, encoder-only",
                      choices=("lm", "listops"))
@@ -135,9 +202,11 @@ class Settings:
             raise UserError(f"--n_embd {self.n_embd} is odd: depth is a vector of sines and as many cosines, use an even width")
         if self.compare and self.evolve != "on":
             raise UserError(f"--compare trains --evolve off and dense beside --evolve on: leave out --evolve {self.evolve}")
-        if (Path(self.dataset).name == "listops") > (self.task == "listops"):
-            raise UserError(f"--dataset {self.dataset} has expressions instead of text: use --task listops")
+        if self.task == "lm" and Path(self.dataset).name == "listops":
+            raise UserError(f"--dataset {self.dataset} holds expressions, not text: use --task listops")
         if self.task == "listops":
+            if self.dataset in ("shakespeare_char", "shakespeare", "openwebtext", "stdlib"):
+                raise UserError(f"--dataset {self.dataset} is text: use --dataset listops with --task listops")
             if self.block_size < EXPRESSION:
                 raise UserError(f"--block_size {self.block_size} is too short for --task listops: use {EXPRESSION}")
             self.block_size = EXPRESSION  # a longer context would hold nothing but padding
@@ -227,30 +296,30 @@ def time_signal(l, C):
     return torch.cat([angle.sin(), angle.cos()])
 
 
-def exact(x):
-    """At least float32."""
+def widen(x):
+    """To float32, unless it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def initial_scores(q, k, real=None):
-    """A0 = q k^T / sqrt(D'), twice (B, H, T, D') -> (B, H, T, T), at least float32, -inf where a query must not look: in the
+    """A0 = q k^T / sqrt(D'), twice (B, H, T, D') -> (B, H, T, T), in float32 or wider, -inf where a query must not look: in the
     future or, in an encoder, at padding. real: (B, T), False where there is padding; None: a decoder, causal."""
     with torch.autocast(q.device.type, enabled=False):
-        A0 = exact(q) * q.size(-1) ** -0.5 @ exact(k).transpose(-1, -2)
+        A0 = widen(q) * q.size(-1) ** -0.5 @ widen(k).transpose(-1, -2)
     hidden = torch.ones_like(A0[0, 0], dtype=torch.bool).triu(1) if real is None else ~real[:, None, None]
     return A0.masked_fill(hidden, -math.inf)
 
 
-def key_bias(k, W, T, n_head):
+def key_bias(k, W, depth, n_head):
     """b^l_nj = K_j . (W_n T^l_n) for the L layers of a block: all that evolution comes to.
 
-    k: keys of width D' H = 2C, not yet cut into heads (B, N, 2C); W: W_Q^t (2C, C); T: T^l (L, C). The C columns of W and T
-    belong to the heads, C/H each. Returns b (L, B, H, N), at least float32, since it goes into an exponent.
+    k: keys, not yet cut into heads (B, T, 2C); W: W_Q^t (2C, C); depth: T^l (L, C). The C columns of W and T^l belong to the
+    heads, C/H each. Returns b (L, B, H, T), in float32 or wider, since it goes into an exponent.
     """
-    W, T = W.unflatten(1, (n_head, -1)), T.unflatten(1, (n_head, -1))                     # (2C, H, C/H), (L, H, C/H)
-    u = (W[:, None] * T).sum(-1)                                                          # (2C, L, H)
+    W, depth = W.unflatten(1, (n_head, -1)), depth.unflatten(1, (n_head, -1))             # (2C, H, C/H), (L, H, C/H)
+    u = (W[:, None] * depth).sum(-1)                                                      # (2C, L, H)
     with torch.autocast(k.device.type, enabled=False):
-        b = exact(k) @ exact(u).flatten(1)                                                # (B, N, L H)
+        b = widen(k) @ widen(u).flatten(1)                                                # (B, T, L H)
     return b.unflatten(-1, u.shape[1:]).permute(2, 0, 3, 1)
 
 
@@ -264,7 +333,7 @@ def evolved_exp(E0, v, b):
     """softmax(A0 + b) v = (E0 @ (w v)) / (E0 @ w), w = exp(b): a layer without exponentials of its own, and without Q and K.
 
     E0: (B, H, T, T); v: (B, H, T, D); b: (B, H, T). Returns (B, H, T, D). b is clamped to +-40, so that nothing overflows in
-    float32. To subtract its maximum instead would show every query the largest key of the future.
+    float32: a bias beyond that counts as 40. To subtract the maximum instead would show every query the largest of the future.
     """
     w = b.clamp(-40, 40).exp()[..., None]
     with torch.autocast(v.device.type, enabled=False):
@@ -277,7 +346,7 @@ def evolved_sdpa(q, k, v, b, real=None):
 
         [q_i, sqrt(D')] . [k_j, b_j] / sqrt(D') = A0_ij + b_j
 
-    in three parts that stay exact where queries and keys are bfloat16: a power of two, times b's upper and lower half.
+    as a power of two times two numbers, since queries and keys may be bfloat16: what b is rounded to, and what is left.
     q, k: (B, H, T, D'); v: (B, H, T, D); b: (B, H, T). Returns (B, H, T, D).
     """
     D = q.size(-1)
@@ -331,15 +400,18 @@ class EvolvedBlock(nn.Module):
         """The block's input (B, T, C) -> queries, keys (B, H, T, D'), D' = 2C/H, and the biases b^l (L, B, H, T)."""
         q, k = (F.dropout(m(x), self.dropout, self.training) for m in (self.c_q, self.c_k))
         if self.evolve:
-            T = torch.stack([layer.c * layer.signal for layer in self.layers])            # T^l = c^l s^l
-            b = key_bias(k, self.c_t.weight, T, self.n_head)
+            depth = torch.stack([layer.c * layer.signal for layer in self.layers])        # T^l = c^l s^l
+            b = key_bias(k, self.c_t.weight, depth, self.n_head)
         else:
-            b = exact(k).new_zeros(len(self.layers), len(k), self.n_head, k.size(1))
+            b = widen(k).new_zeros(len(self.layers), len(k), self.n_head, k.size(1))
         return self.heads(q), self.heads(k), b
+
+    def implementation(self, x):
+        return faster_impl(x.device.type, x.size(1)) if self.impl == "auto" else self.impl
 
     def forward(self, x, real=None):
         q, k, biases = self.interaction(x)
-        impl = faster_impl(x.device.type, x.size(1)) if self.impl == "auto" else self.impl
+        impl = self.implementation(x)
         E0 = exponentials(q, k, real) if impl == "exp" else None
         states = []
         for layer, b in zip(self.layers, biases):
@@ -467,7 +539,7 @@ class RandomFF(nn.Module):
             for name, rotation in self.draw(saved["seed"]).items():
                 getattr(self, name).copy_(rotation)
         if saved != self.drawn:
-            raise UserError("numpy draws other Gaussians here than where these weights were trained: use the numpy version of there")
+            raise UserError("numpy draws other Gaussians here than where these weights were trained: use the same numpy version")
 
     def forward(self, x):
         x = (x @ self.U_1 * self.s_1 @ self.V_1 + self.bias_1).relu()                     # (B, T, 4C)
@@ -509,6 +581,7 @@ class GPT(nn.Module):
         self.ln_f = layer_norm(s)
         if s.task == "listops":
             self.ln_head, self.head = layer_norm(s), nn.Linear(s.n_embd, 10)
+            self.head.adamw = True
         init_weights(self, s)
 
     def real(self, idx):
@@ -692,7 +765,7 @@ def evaluate(run, model, split="val", tokens=0, **inputs):
 
 
 class Expressions(Data):
-    """ListOps in the place of text: rows of a value, 0 to 9, and EXPRESSION token ids, as data/prepare.py listops writes them."""
+    """ListOps in the place of text: rows of a value, 0 to 9, and EXPRESSION token ids, from data/prepare.py listops."""
 
     def __init__(self, s, device):
         self.folder = find_data("listops" if s.dataset == "auto" else s.dataset)
@@ -703,9 +776,10 @@ class Expressions(Data):
             self.words, self.vocab_size, self.alphabet = meta["words"], meta["vocab_size"], None
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{self.folder} holds no expressions: use --dataset listops with --task listops")
+        for split in ("train", "val"):
+            if (size := (self.folder / f"{split}.bin").stat().st_size) % (2 * self.T + 2) or not size:
+                self.refuse(f"{split}.bin", f"has {size} bytes, which are not rows of {self.T + 1} numbers")
         self.train, self.val = (self.read(split, meta.get(f"{split}_tokens")) for split in ("train", "val"))
-        if len(self.train) % (self.T + 1) or len(self.val) % (self.T + 1):
-            self.refuse("train.bin", f"or val.bin is not rows of {self.T + 1} numbers")
 
     def rows(self, split, starts):
         """Token ids (rows, T) and values (rows,), on the device."""
@@ -1008,27 +1082,27 @@ def summary(run, arm, model, now, steps):
 # The arms, and the evaluation that shows the paper's claims
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The first is trained always, the others with --compare. off: without evolution. small: the dense twin, as narrow as makes its
-# weights (embeddings aside) as many as the technique's. other_ffn: the technique with the other feed-forward part; small_other:
-# the dense twin with as many weights as that.
+# The first is trained always, the others with --compare. off: without evolution. other_ffn: with the other feed-forward part.
+# small, small_other: the dense twin, its width chosen so that it has as many weights (embeddings aside) as technique, other_ffn.
 ARMS = ("technique", "dense", "small", "off", "other_ffn", "small_other")
 
 
 def settings_of(arm, s):
     """The settings of an arm's model, and the hidden width of a dense one's MLPs."""
-    if arm.endswith("other") or arm == "other_ffn":
-        s = dataclasses.replace(s, compare=False, ffn=dict(full="random", random="full")[s.ffn])
-    if arm == "off":
-        s = dataclasses.replace(s, compare=False, evolve="off")
-    if arm in ("dense", "small", "small_other"):
-        wanted, s = s, dataclasses.replace(s, compare=False, evolve="dense")
-        if arm != "dense":
-            goal = weights(wanted)
-            width = math.sqrt(goal / weights(s)) * s.n_embd / s.n_head
-            s = dataclasses.replace(s, n_embd=max(1, round(width)) * s.n_head)
-            left = (goal - weights(s)) / s.n_layer / (2 * s.n_embd + s.bias)
-            return s, max(1, 4 * s.n_embd + round(left))
-    return s, 4 * s.n_embd
+    if arm == "technique":
+        return s, 4 * s.n_embd
+    s = dataclasses.replace(s, compare=False)
+    if arm in ("other_ffn", "small_other"):
+        s = dataclasses.replace(s, ffn="random" if s.ffn == "full" else "full")
+    if arm in ("off", "other_ffn"):
+        return dataclasses.replace(s, evolve="off" if arm == "off" else s.evolve), 4 * s.n_embd
+    dense = dataclasses.replace(s, evolve="dense")
+    if arm == "dense":
+        return dense, 4 * s.n_embd
+    goal = weights(s)
+    dense.n_embd = s.n_head * max(1, round(s.n_embd / s.n_head * math.sqrt(goal / weights(dense))))
+    left = (goal - weights(dense)) / s.n_layer / (2 * dense.n_embd + s.bias)  # what the whole heads miss, in hidden units
+    return dense, max(1, 4 * dense.n_embd + round(left))
 
 
 def weights(s):
@@ -1076,13 +1150,13 @@ def train_arm(run, arm, model):
 
 
 def attention_maps(model, idx):
-    """Token ids (B, T) -> for each layer its map (B, H, T, T), its bias (B, H, T), None without evolution; and how many products
-    Q K^T that took."""
+    """Token ids (B, T) -> for each layer its map (B, H, T, T) and its bias (B, H, T), zeros without evolution; and how many
+    products Q K^T that took."""
     real, x, maps, biases, products = model.real(idx), model.states(idx), [], [], 0
     for block in model.h:
         if isinstance(block, DenseBlock):
             q, k, _ = block.attn.heads(block.ln_1(x[len(maps)]))
-            b = exact(q).new_zeros(1, *q.shape[:3])
+            b = widen(q).new_zeros(1, *q.shape[:3])
         else:
             q, k, b = block.interaction(x[len(maps)])
         A0 = initial_scores(q, k, real)
@@ -1094,7 +1168,7 @@ def attention_maps(model, idx):
 
 @torch.no_grad()
 def measure(run, model):
-    """Cross-entropy in nats and accuracy on the whole validation split: of the next token, or of the value."""
+    """Cross-entropy in nats and accuracy on the validation split (--eval_tokens of it): of the next token, or of the value."""
     s, loss, hits, n = run.settings, 0.0, 0, 0
     starts = run.data.windows("val", s.eval_tokens)
     for at in range(0, len(starts), s.batch_size):
@@ -1110,10 +1184,10 @@ def measure(run, model):
 def evaluate_arm(run, arm, model):
     """measure(), and how attention changes with depth, averaged over heads, windows and queries:
 
-    qk_products      how often Q K^T is computed in a forward pass that does not compute it again (evolve_impl exp)
-    bias_by_depth    standard deviation of b^l over the keys; bias_largest: of |b|, where exp clamps at 40
-    map_distance     total variation 1/2 sum_j |P_ij - P'_ij| between a head's map and the same head's in the layer below, 0: the
-                     same, 1: disjoint; of a decoder's queries the first eighth, which sees little, is left out
+    qk_products      how many Q K^T a forward pass needs; qk_computed: how many it computes, with sdpa one in every layer
+    bias_by_depth    standard deviation of b^l over the keys; bias_largest: the largest |b|, which exp clamps at 40
+    map_distance     total variation 1/2 sum_j |P_ij - P'_ij| between a head's map and the same head's in the layer below,
+                     0: the same, 1: disjoint; of a decoder's queries the first eighth, which sees little, is left out
     frozen           measure() with b = 0 in all layers, without having been trained for it
     """
     s = run.settings
@@ -1136,7 +1210,9 @@ def evaluate_arm(run, arm, model):
         largest = max(largest, b.abs().max().item())
         tv = torch.stack([(above - below).abs().sum(-1) / 2 for below, above in zip(maps, maps[1:])] or [maps[0][..., 0] * 0])
         distance += ((tv * seen[:, None]).sum(-1) / seen.sum(-1)[:, None]).mean((1, 2)) * share
-    found = dict(**measure(run, model), qk_products=products, map_distance=distance.tolist())
+    again = any(isinstance(block, EvolvedBlock) and block.implementation(x) == "sdpa" for block in model.h)
+    found = dict(**measure(run, model), qk_products=products, qk_computed=len(maps) if again else products,
+                 map_distance=distance.tolist())
     if isinstance(model.h[0], EvolvedBlock) and model.h[0].evolve:
         found.update(bias_by_depth=spread.tolist(), bias_largest=largest)
         kept = {name: p.clone() for name, p in model.named_parameters() if name.endswith(".c")}
@@ -1151,24 +1227,20 @@ def evaluate_arm(run, arm, model):
 def report(run, arms, model):
     """The tables, and a sample: of text, or of expressions with the values that the model gives them."""
     s = run.settings
-    names = dict(technique="TransEvolve", dense="dense twin", small="dense, as few weights", off="no evolution",
-                 other_ffn="other feed-forward", small_other="dense, as few as that")
-    rows = [["best weights", "loss", "accuracy", "with b = 0: loss", "accuracy", "Q K^T", "weights"]]
-    depth = [["from one layer to the next", *(f"{l} to {l + 1}" for l in range(s.n_layer - 1))]]
-    bias = [["standard deviation of the bias", *(f"layer {l}" for l in range(s.n_layer))]]
+    names = dict(technique=dict(on="TransEvolve", off="no evolution", dense="dense twin")[s.evolve], dense="dense twin",
+                 small="dense, as many weights", off="no evolution", other_ffn="other feed-forward", small_other="dense, as many as that")
+    rows = [["best weights", "loss", "accuracy", "b = 0: loss", "accuracy", "weights", "Q K^T", "computed", "largest b"]]
+    depth = [["how much maps change, layer", *(f"{l} to {l + 1}" for l in range(s.n_layer - 1))]]
+    bias = [["standard deviation of b, layer", *map(str, range(s.n_layer))]]
     for arm, found in arms.items():
         e = found["evaluation"]
         frozen = e.get("frozen", {})
-        rows.append([names[arm], e["val_loss"], e["accuracy"], frozen.get("val_loss"), frozen.get("accuracy"), e["qk_products"],
-                     found.get("parameters_non_embedding")])
-        depth.append([f"maps change: {names[arm]}", *(f"{d:.3f}" for d in e["map_distance"])])
+        rows.append([names[arm], e["val_loss"], e["accuracy"], frozen.get("val_loss"), frozen.get("accuracy"),
+                     found.get("parameters_non_embedding"), e["qk_products"], e["qk_computed"], e.get("bias_largest")])
+        depth.append([names[arm], *(f"{d:.3f}" for d in e["map_distance"])])
         if "bias_by_depth" in e:
             bias.append([names[arm], *(f"{d:.3f}" for d in e["bias_by_depth"])])
-    print("\n" + table(rows))
-    if s.n_layer > 1:
-        print("\n" + table(depth))
-    if len(bias) > 1:
-        print("\n" + table(bias))
+    print("\n" + "\n\n".join(table(rows) for rows in (rows, depth, bias) if len(rows) > 1 and len(rows[0]) > 1))
     if s.task == "lm":
         sample(run, model)
         return

@@ -18,7 +18,7 @@ train.bin, val.bin   token ids, uint16, little-endian, nothing else in the file:
 meta.json            tokenizer ("char", with its alphabet in the order of the ids, or "gpt2"), vocab_size, train_tokens,
                      val_tokens, source, and the sha256 of the source (null for openwebtext, which is never held as one)
 
-listops is no text: its bins are rows of 65 numbers, the value of an expression (0 to 9) and 64 token ids, filled up with 0; its
+listops is no text: its bins are rows of 33 numbers, the value of an expression (0 to 9) and 32 token ids, filled up with 0; its
 tokenizer is "listops", with its words in the order of the ids.
 
 Without network: put tiny Shakespeare at data/shakespeare_char/input.txt, and let TIKTOKEN_CACHE_DIR name a folder with
@@ -294,15 +294,15 @@ LISTOPS_COUNTS = 100_000, 2_000  # expressions to train and to validate on
 
 
 def listops(args, folder: Path, tmp: Path) -> dict:
-    """ListOps (Nangia and Bowman, 2018), small: expressions of 8 to 64 tokens, two to five arguments, nested up to two, three or
-    four deep, and all ten values equally often. The validation split is drawn first; no expression is drawn twice."""
+    """ListOps (Nangia and Bowman, 2018), small: expressions of 5 to 32 tokens, two to five arguments, up to three deep, and all ten
+    values equally often. The validation split is drawn first; no expression is drawn twice."""
     drawn = set()
     for split, count in zip(("val", "train"), reversed(LISTOPS_COUNTS)):
         rng, rows, left = random.Random(f"listops {split}"), [], [count // 10] * 10
         while len(rows) < count:
-            ids, value = expression(rng, rng.randint(2, 4))
-            row = (value, *ids, *[0] * (64 - len(ids)))
-            if 8 <= len(ids) <= 64 and left[value] and row not in drawn:
+            ids, value = expression(rng, rng.randint(1, 3))
+            row = (value, *ids, *[0] * (32 - len(ids)))
+            if 5 <= len(ids) <= 32 and left[value] and row not in drawn:
                 left[value] -= 1
                 drawn.add(row)
                 rows.append(row)
