@@ -16,61 +16,63 @@ Take the tokens for particles. A transformer layer is then a step in time of a s
     x_i <- x_i + G(x_i, t)                                 by one Euler step each
 
 An ordinary layer learns and computes its F from scratch, as if it knew nothing of the step before. TransEvolve computes the
-interaction once for a block of layers, from the block's input x, and lets it evolve with depth l. To this end queries and keys
-read token and depth, [x; T^l], where T^l = c^l * (sines and cosines of l), with learned c^l. Multiplied out, a score has four terms:
+interaction once for a block of layers, from the block's input, and lets it evolve with depth l. To this end queries and
+keys read a token and the depth, [x; T^l], where T^l is sines and cosines of l times learned coefficients. Multiplied out, a
+score of a head has four terms:
 
-    S^l_ij  =  A0_ij  +  A1Q_i . T^l  +  A1K_j . T^l  +  A2 . (T^l * T^l)            P^l = softmax_j(S^l), for each head
+    S^l_ij  =  A0_ij  +  A1Q_i . T^l  +  A1K_j . T^l  +  A2 . (T^l * T^l)            P^l = softmax_j(S^l)
                tokens    query, depth    key, depth      depth, depth
 
-The first three factors A are computed once a block; what is left for a layer is cheap. But look at the indices: the second and the
-fourth term do not depend on j, and softmax does not see what is the same for all j. Two of the four terms cancel, exactly, and so
-do the gradients of their weights (a quarter of W_K and W_Q: left out here). Evolution is one bias for each key and head, no more:
+The A are computed once in a block, and little is left for a layer. But look at the indices. The second and the fourth term do
+not depend on j, and what is the same for all j cancels in a softmax. So two of the four terms do nothing, exactly; neither do
+their weights, a quarter of those of queries and keys, which are left out here. Evolution is one bias for each key and head:
 
     P^l = softmax_j(A0_ij + b^l_j)                 b^l_j = K_j . (W T^l)
 
-It can raise and lower how much a key is looked at, by all queries alike; it cannot pair queries and keys anew. Hence two
-implementations of the one function:
+It raises and lowers how much a key is looked at, by all queries alike. It cannot pair queries with other keys. Hence two
+implementations of one function:
 
-    exp     E0 = exp(A0) once a block, then a product in each layer:  P^l v = E0 (w v) / E0 w,   w = exp(b^l)
-    sdpa    the bias as one more channel of queries and keys, [q, 1] . [k, b]: a fused kernel, no T x T matrix in memory,
-            but the scores are computed again in every layer
+    exp     E0 = exp(A0) once in a block, then a layer is a product:  P^l v = E0 (w v) / E0 w,   w = exp(b^l)
+    sdpa    the bias as one more channel, [q, 1] . [k, b]: a fused kernel and no T x T matrix, but scores in every layer
 
-      x ---> Q, K -----> E0 -----------+----------------+                    a block of 2 layers: values are the normed stream
-      |      K --------> w^0 ----------|--> w^1 --------|                    cut into heads, without a projection
-      |                                |                |
-      +--> x + [E0 (w^0 LN x)] W_O --> + FF --> x + [E0 (w^1 LN x)] W_O --> + FF --> LN --> the next block
+      x --> Q, K --> E0 ---------------+----------------------+             a block of two layers; E0 w is one more column
+      |        K --> w^0 --------------+--> w^1 --------------+             of the product; values are the normed stream,
+      |                                |                      |             cut into heads, without a projection
+      +--> x + [E0 (w^0 LN x) / E0 w^0] W_O --> + FF --> x + [E0 (w^1 LN x) / E0 w^1] W_O --> + FF --> LN --> next block
 
-The feed-forward part G is a ReLU MLP of each layer's own (--ffn full), or two fixed random matrices that depend on the
-depth, with learned scales between them (--ffn random): next to no weights. In units of n_embd^2, for six layers:
+The feed-forward part is a ReLU MLP of each layer's own (--ffn full), or two maps of fixed random matrices that depend on the
+depth, with learned scales in their middle (--ffn random): hardly any weights, though the fixed numbers, drawn from a seed, take
+10 n_embd^2 in memory, more than an MLP's 8. Weights of six layers, in units of n_embd^2, less those that cancel:
 
-                            1 block of 6      2 blocks of 3        dense twin
-    --ffn full              62 - 2 = 60       70 - 4 = 66              72         (- : what cancels in the softmax)
-    --ffn random            14 - 2 = 12       22 - 4 = 18
+                             one block of 6       two blocks of 3       dense twin
+    --ffn full                62 - 2 = 60           70 - 4 = 66             72
+    --ffn random              14 - 2 = 12           22 - 4 = 18
 
-    python nano_transevolve.py                                    # train, evaluate, sample; within 3 minutes on 2 CPU cores
-    python nano_transevolve.py --compare                          # beside the dense twin, one with as few weights, no evolution, ...
+    python nano_transevolve.py                               # train, evaluate, sample; within 3 minutes on 2 CPU cores
+    python nano_transevolve.py --compare                     # beside dense twins, no evolution, and the other feed-forward
     python nano_transevolve.py --ffn random --blocks 1
-    python nano_transevolve.py --task listops                     # an encoder that computes [MAX 2 9 [MIN 4 7 ] 0 ]
+    python nano_transevolve.py --task listops                # an encoder that computes [MAX 2 9 [MIN 4 7 ] 0 ]
 
 What we found. RESULTS
 
 What it costs. COSTS
 
 What is the paper's and what is ours. Written from the abstract, the introduction, Figure 1 and the authors' TensorFlow code
-(github.com/LCS2-IIITD/TransEvolve), which the numbers 1 to 6 follow; the paper's other equations were not at hand:
- 1. Queries and keys of width 2 n_embd in all (token and depth, as many numbers of each) from the block's input without a
-    LayerNorm; A0 divided by sqrt(2 n_embd / n_head), the depth terms not; A1K with all of K, not a head's slice alone.
- 2. T^l = c^l * [sin(p l pi/64), cos(p l pi/64)], c^l per layer; its numbers belong to the heads in order, so that low heads get
-    sines and high heads cosines; at l = 0 the sines are 0. l counts from 0 in every block (--time_depth_offset 1: from 1).
- 3. The term of depth with depth is the diagonal only. It cancels, as the full one would.
- 4. Values LN(x) without a projection, W_O and Q, K without biases; LayerNorm on the whole stream at a block's end; embeddings
-    times sqrt(n_embd), positions too: the first scores see no norm.
- 5. Dropout on queries, keys and what a layer writes, none on the maps. ReLU and biases in the feed-forward part.
- 6. randomFF as it is there, with its quirks: a block's first one (l = 0) is a bias, its matrices are only approximately
-    orthogonal, and it begins near 0. Left out: 3 n_embd of its scales, which no entry of a matrix sees.
- 7. Ours: learned positions (theirs are sines), GPT-2's initial weights (theirs: Glorot's; embeddings N(0, 1/n_embd)), LayerNorm with
-    eps 1e-5 (theirs 1e-3), the mean of an encoder without padding (theirs with it), one optimizer for all arms.
- 8. Ours: the decoder-only model. The paper's regimes are encoder-decoder, not here, and encoder-only; its ListOps are longer.
+(github.com/LCS2-IIITD/TransEvolve). Numbers 1 to 6 are that code's; the paper's other equations were not at hand:
+ 1. Queries and keys have 2 n_embd channels, of the token and of the depth as many, and come from a block's input without a
+    LayerNorm; A0 is divided by sqrt(2 n_embd / n_head), the other terms are not; A1K takes all of K, not one head's channels.
+ 2. T^l = c^l * [sin(p l pi/64) .., cos(p l pi/64) ..], c^l learned in each layer. Heads take its numbers in order: low heads get
+    sines, high heads cosines, and where l = 0 the sines are 0. l begins at 0 in every block (--time_depth_offset 1: at 1).
+ 3. The term of depth with depth is the diagonal only. It cancels, as the whole one would.
+ 4. No projection of values, no biases in Q, K and W_O; a LayerNorm on the stream itself at a block's end; token embeddings times
+    sqrt(n_embd): the first scores see no norm.
+ 5. Dropout on queries, keys and what a layer writes, none on maps. ReLU, and biases in the feed-forward part.
+ 6. randomFF with its quirks: a block's first one (l = 0) is a bias, matrices are orthogonal only roughly, and it begins near 0.
+    Left out are those of its scales, 3 n_embd a layer, that no matrix entry sees.
+ 7. Ours: learned positions, scaled like the tokens (theirs: sines, not scaled); dropout on embeddings; initial weights of GPT-2
+    (theirs: Glorot's, and embeddings of standard deviation n_embd^-0.5); LayerNorms with eps 1e-5 (1e-3) and without shifts
+    unless --bias on; an encoder's mean without padding (with it); Muon and AdamW for all arms (Adam).
+ 8. Ours: the decoder-only model. The paper's are encoder-only and encoder-decoder, which is not here; its ListOps are longer.
 """
 import argparse
 import contextlib
