@@ -364,7 +364,7 @@ def evolved_sdpa(q, k, v, b, real=None):
 
 
 class EvolvedLayer(nn.Module):
-    """What a layer of a block has of its own: T^l, the output projection W_O, a feed-forward part and two LayerNorms."""
+    """What a layer of a block has of its own: c^l of T^l = c^l s^l, the output projection W_O, a feed-forward part, two norms."""
 
     def __init__(self, s, block, l):
         super().__init__()
@@ -376,14 +376,14 @@ class EvolvedLayer(nn.Module):
             self.register_buffer("signal", time_signal(l, C).float(), persistent=False)
         self.ffn = RandomFF(s, block, l) if s.ffn == "random" else FullFF(s)
 
-    def forward(self, x, attend):  # (B, T, C), values (B, H, T, D) -> outputs (B, H, T, D); returns (B, T, C)
-        y = attend(self.ln_1(x))
-        x = x + F.dropout(self.c_proj(y), self.dropout, self.training)
+    def forward(self, x, attend, b):  # (B, T, C) -> (B, T, C)
+        x = x + F.dropout(self.c_proj(attend(self.ln_1(x), b)), self.dropout, self.training)
         return x + F.dropout(self.ffn(self.ln_2(x)), self.dropout, self.training)
 
 
 class EvolvedBlock(nn.Module):
-    """L layers with one interaction, computed from the block's input: (B, T, C) -> the L residual streams."""
+    """L layers with one interaction, computed from the block's input: (B, T, C) -> what leaves each of the L layers, (B, T, C).
+    The last of these has been through the block's LayerNorm."""
 
     def __init__(self, s, index):
         super().__init__()
@@ -413,15 +413,16 @@ class EvolvedBlock(nn.Module):
 
     def forward(self, x, real=None):
         q, k, biases = self.interaction(x)
-        impl = self.implementation(x)
-        E0 = exponentials(q, k, real) if impl == "exp" else None
+        E0 = exponentials(q, k, real) if self.implementation(x) == "exp" else None
+
+        def attend(v, b):  # values are the normed stream itself (B, T, C), cut into heads; b (B, H, T)
+            v = self.heads(v)
+            y = evolved_sdpa(q, k, v, b, real) if E0 is None else evolved_exp(E0, v, b)
+            return y.transpose(1, 2).flatten(2)
+
         states = []
         for layer, b in zip(self.layers, biases):
-            def attend(x):  # (B, T, C): values are the normed stream itself, cut into heads
-                v = self.heads(x)
-                y = evolved_exp(E0, v, b) if impl == "exp" else evolved_sdpa(q, k, v, b, real)
-                return y.transpose(1, 2).flatten(2)
-            x = layer(x, attend)
+            x = layer(x, attend, b)
             states.append(x)
         return [*states[:-1], self.ln(x)]
 
