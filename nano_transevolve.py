@@ -339,8 +339,8 @@ def evolved_exp(E0, v, b):
     """
     w = b.clamp(-40, 40).exp()[..., None]
     with torch.autocast(v.device.type, enabled=False):
-        y = E0 @ torch.cat([w * v, w], -1)                                                # (B, H, T, D+1)
-    return (y[..., :-1] / y[..., -1:]).to(v.dtype)
+        y, total = (E0 @ torch.cat([w * v, w], -1)).split([v.size(-1), 1], -1)            # (B, H, T, D), (B, H, T, 1)
+    return (y / total).to(v.dtype)
 
 
 def evolved_sdpa(q, k, v, b, real=None):
@@ -428,8 +428,9 @@ class EvolvedBlock(nn.Module):
 
 
 def faster_impl(device, T):
-    """TO BE MEASURED"""
-    return "exp" if device == "cpu" and T <= 1024 else "sdpa"
+    """What --evolve_impl auto takes: on a CPU the faster as measured (tests/bench.py transevolve); elsewhere, where neither was
+    measured yet, the one that needs less memory."""
+    return "exp" if device == "cpu" and T <= 512 else "sdpa"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,7 +585,7 @@ class GPT(nn.Module):
         self.ln_f = layer_norm(s)
         if s.task == "listops":
             self.ln_head, self.head = layer_norm(s), nn.Linear(s.n_embd, 10)
-            self.head.adamw = True
+            self.head.adamw = True  # no hidden matrix: not for Muon
         init_weights(self, s)
 
     def real(self, idx):
@@ -1136,7 +1137,7 @@ def flops_per_token(s, arm):
         return 6 * (L * (4 * C * C + 2 * C * hidden) + head) + 12 * L * T * C
     learned = s.blocks * 4 * C * C + L * C * C + (s.evolve == "on") * L * 2 * C * H + (s.ffn == "full") * L * 8 * C * C + head
     fixed = (s.ffn == "random") * L * 10 * C * C
-    wide = 2 * C // H + 2
+    wide = 2 * C // H + 2  # channels in evolved_sdpa
     wide += -wide % 8
     impl = faster_impl(pick_device(s.device).type, T) if s.evolve_impl == "auto" else s.evolve_impl
     channels = s.blocks * 2 * C + L * (C + H) if impl == "exp" else L * 2 * wide * H

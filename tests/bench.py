@@ -591,7 +591,7 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(required=True)
     for bench in (ssa, reuse, transevolve):
         p = commands.add_parser(bench.__name__)
-        p.add_argument("--T", type=int, nargs="+", default=[64, 256, 1024, 4096] if bench is transevolve else [256, 1024, 4096])
+        p.add_argument("--T", type=int, nargs="+", default=[64, 256, 512, 1024, 4096] if bench is transevolve else [256, 1024, 4096])
         p.add_argument("--tokens", type=int, default=4096)
         p.add_argument("--runs", type=int, default=7)
         p.set_defaults(run=bench)

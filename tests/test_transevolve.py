@@ -289,6 +289,14 @@ def test_bfloat16_keeps_the_bias(D, monkeypatch):
     assert all(given[x].dtype == torch.bfloat16 for x in "qkv")
 
 
+def test_the_faster_implementation_is_taken():
+    """As README's table has it, for a CPU."""
+    block = nano.GPT(settings(evolve_impl="auto")).h[0]
+    for T in (64, 256, 512, 1024, 4096):
+        assert block.implementation(torch.zeros(1, T, 32)) == ("exp" if T <= 512 else "sdpa")
+        assert nano.faster_impl("cuda", T) == "sdpa"
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 6])
 def test_scores_are_computed_once_in_a_block(blocks, monkeypatch):
     s = settings(blocks=blocks)
