@@ -74,17 +74,18 @@ nats; x86-64 CPU, 1 thread, float32, torch 2.13.0 (README has the whole tables a
   - Random feed-forward parts are 0.065 ± 0.005 behind a narrow GPT-2 with as few weights, at 2.7 times its FLOPs.
   - The biases are used where they are trained: set to 0 they cost 0.097 ± 0.012 on text, and ListOps falls to 49.6 ± 2.7 %.
 
-What it costs. python tests/bench.py transevolve, attention of a layer, forward and backward of 4,096 tokens, 2 heads of 64,
-blocks of 3, Intel Xeon at 2.5 GHz, 2 threads:
+What it costs. python tests/bench.py transevolve --T 1024 --runs 3, forward and backward of 4,096 tokens, 2 heads of 64, Intel Xeon
+at 2.5 GHz, 2 threads; a layer's attention in blocks of 3 and of 6, and a step of the whole model:
 
-                            T = 512      T = 1024     T = 4096
-    scores in every layer    153 ms       331 ms      1056 ms         written out
-    scores once              104 ms       219 ms       651 ms         as in the official code: a softmax in every layer
-    exp                      140 ms       199 ms       389 ms
-    sdpa                     162 ms       205 ms       175 ms         no T x T matrix
+    T = 1024                       3          6        2 x 3      1 x 6      kept for backward, 2 x 3 and 1 x 6
+    scores in every layer       185 ms     183 ms     1334 ms    1264 ms      387 MB    381 MB       written out
+    scores once                 115 ms     110 ms                                                    as in the official code
+    exp                          95 ms      69 ms      727 ms     521 ms      241 MB    192 MB
+    sdpa                         66 ms      70 ms      558 ms     568 ms      224 MB    218 MB       no T x T matrix
+    dense twin, fused kernel                                407 ms                 207 MB
 
-  At T = 64 and 256 exp is hardly faster than scores in every layer, or slower. --evolve_impl auto takes exp up to T = 512 on a
-  CPU, and sdpa elsewhere, where nothing was measured yet.
+  So a step is faster than with scores in every layer, and slower than the dense twin's with a fused kernel. exp is the faster one up to
+  T = 512 and slower at 4096 (README): --evolve_impl auto follows that on a CPU, and takes sdpa elsewhere, where nothing was measured.
 
 What is the paper's and what is ours. Written from the abstract, the introduction, Figure 1 and the authors' TensorFlow code
 (github.com/LCS2-IIITD/TransEvolve). Numbers 1 to 6 are that code's; the paper's other equations were not at hand:
