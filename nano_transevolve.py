@@ -84,8 +84,8 @@ at 2.5 GHz, 2 threads; a layer's attention in blocks of 3 and of 6, and a step o
     sdpa                         66 ms      70 ms      558 ms     568 ms      224 MB    218 MB       no T x T matrix
     dense twin, fused kernel                                407 ms                 207 MB
 
-  So a step is faster than with scores in every layer, and slower than the dense twin's with a fused kernel. exp is the faster one up to
-  T = 512 and slower at 4096 (README): --evolve_impl auto follows that on a CPU, and takes sdpa elsewhere, where nothing was measured.
+  So a step is faster than with scores in every layer, and slower than the dense twin's with a fused kernel. exp is the faster one at
+  T = 256 and 512 and the slower one at 4096 (README): on a CPU --evolve_impl auto takes it up to 512, elsewhere, unmeasured, sdpa.
 
 What is the paper's and what is ours. Written from the abstract, the introduction, Figure 1 and the authors' TensorFlow code
 (github.com/LCS2-IIITD/TransEvolve). Numbers 1 to 6 are that code's; the paper's other equations were not at hand:
