@@ -32,3 +32,14 @@ def corpus(tmp_path_factory):
 def small(corpus, tmp_path):
     """Flags of a run that takes a second or two."""
     return [*SMALL, "--dataset", str(corpus), "--out_dir", str(tmp_path / "out")]
+
+
+def refused(main, capsys, argv, *words):
+    """main(argv) ends with one line on stderr that holds the words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 1 and len(lines) == 1 and "Traceback" not in error, error
+    assert all(word in lines[0] for word in words), (words, lines[0])

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, refused
 from torch.utils.flop_counter import FlopCounterMode
 
 import nano_ssa as nano
@@ -29,17 +29,6 @@ def blocks(path):
     found = re.findall(r"^ *# ==== shared: ([^\n]+)\n(.*?)^ *# ==== end shared\n", path.read_text(encoding="utf-8"), re.M | re.S)
     assert len(found) == len(dict(found)), f"{path.name} has two blocks of one name"
     return dict(found)
-
-
-def refused(capsys, argv, *words):
-    """main(argv) ends with one line on stderr that holds the words."""
-    with pytest.raises(SystemExit) as end:
-        nano.main(argv)
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1 and len(lines) == 1 and "Traceback" not in error, error
-    for word in words:
-        assert word in lines[0], (word, lines[0])
 
 
 def script(argv, **kwargs):
@@ -95,7 +84,7 @@ def test_header_names_the_requirements(path):
 ])
 def test_bad_flags_get_one_line(capsys, tmp_path, argv, words):
     default = [] if "--device" in argv else ["--device", "cpu"]
-    refused(capsys, [*default, "--out_dir", str(tmp_path / "out"), *argv.split()], *words)
+    refused(nano.main, capsys, [*default, "--out_dir", str(tmp_path / "out"), *argv.split()], *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -119,8 +108,8 @@ def test_prompt_outside_the_alphabet(capsys, small, tmp_path):
     shutil.copy(tmp_path / "digits" / "train.bin", tmp_path / "digits" / "val.bin")
     (tmp_path / "digits" / "meta.json").write_text('{"tokenizer": "char", "alphabet": "0123456789", "vocab_size": 10}')
     nano.main([*small, "--dataset", str(tmp_path / "digits"), "--max_iters", "1", "--draws", "1"])
-    refused(capsys, [*small, "--prompt", ""], "--prompt is empty")
-    refused(capsys, [*small, "--prompt", "naïve ☃"], "☃", "--prompt")
+    refused(nano.main, capsys, [*small, "--prompt", ""], "--prompt is empty")
+    refused(nano.main, capsys, [*small, "--prompt", "naïve ☃"], "☃", "--prompt")
 
 
 # data
@@ -147,7 +136,7 @@ def broken(corpus, tmp_path, change):
     (lambda d: ((d / "val.bin").write_bytes(bytes(40)), edit(d / "meta.json", val_tokens=20)), ["val.bin", "--block_size"]),
 ])
 def test_bad_data_get_one_line(capsys, corpus, tmp_path, small, change, words):
-    refused(capsys, [*small, "--dataset", str(broken(corpus, tmp_path, change))], *words)
+    refused(nano.main, capsys, [*small, "--dataset", str(broken(corpus, tmp_path, change))], *words)
 
 
 def edit(path, **changes):
@@ -319,9 +308,9 @@ def test_a_new_run_moves_the_old_one_aside_and_leaves_strangers_alone(small, tmp
     assert same_weights(weights(tmp_path / "out.1"), before) and not same_weights(weights(out), before)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("precious")
-    refused(capsys, [*small, "--out_dir", str(tmp_path / "thesis")], "thesis", "--out_dir")
+    refused(nano.main, capsys, [*small, "--out_dir", str(tmp_path / "thesis")], "thesis", "--out_dir")
     (tmp_path / "thesis" / "results.json").write_text('{"rows": 3}')
-    refused(capsys, [*small, "--out_dir", str(tmp_path / "thesis")], "thesis", "--out_dir")
+    refused(nano.main, capsys, [*small, "--out_dir", str(tmp_path / "thesis")], "thesis", "--out_dir")
     assert sorted(os.listdir(tmp_path / "thesis")) == ["chapter1.txt", "results.json"]
 
 
@@ -332,7 +321,7 @@ def test_two_runs_never_write_to_one_folder(capsys, small, tmp_path):
         time.sleep(0.01)
     time.sleep(0.2)
     for more in ([], ["--resume"]):
-        refused(capsys, [*small, "--max_iters", "2", *more], "another run is writing", "--out_dir")
+        refused(nano.main, capsys, [*small, "--max_iters", "2", *more], "another run is writing", "--out_dir")
     assert not (tmp_path / "out.2").exists()
     process.kill()
     process.wait()
@@ -363,30 +352,30 @@ def test_evaluating_an_interrupted_run_does_not_end_it(small, tmp_path, monkeypa
 
 def test_bad_checkpoints_get_one_line(capsys, small, tmp_path):
     out = tmp_path / "out"
-    refused(capsys, [*small, "--resume"], "no run in", "--resume")
-    refused(capsys, [*small, "--eval_only"], "no run in")
+    refused(nano.main, capsys, [*small, "--resume"], "no run in", "--resume")
+    refused(nano.main, capsys, [*small, "--eval_only"], "no run in")
     nano.main([*small, "--max_iters", "2"])
     good = (out / "technique" / "ckpt.pt").read_bytes()
     for name in ("results.json", "technique/best.pt"):
         (out / name).replace(out / f"{name}.kept")
-    refused(capsys, [*small, "--eval_only", "--max_iters", "2"], "no run in")
+    refused(nano.main, capsys, [*small, "--eval_only", "--max_iters", "2"], "no run in")
     (out / "results.json").write_text("junk")
-    refused(capsys, [*small, "--resume", "--max_iters", "2"], "results.json")
+    refused(nano.main, capsys, [*small, "--resume", "--max_iters", "2"], "results.json")
     edit(out / "results.json.kept", arms={})  # as if the evaluation had not been reached
     (out / "results.json.kept").replace(out / "results.json")
-    refused(capsys, [*small, "--eval_only", "--max_iters", "2"], "best.pt")
+    refused(nano.main, capsys, [*small, "--eval_only", "--max_iters", "2"], "best.pt")
     (out / "technique" / "best.pt.kept").replace(out / "technique" / "best.pt")
     for junk in (b"", b"junk", good[:len(good) // 2]):
         (out / "technique" / "ckpt.pt").write_bytes(junk)
-        refused(capsys, [*small, "--resume", "--max_iters", "2"], "ckpt.pt", "not a checkpoint")
+        refused(nano.main, capsys, [*small, "--resume", "--max_iters", "2"], "ckpt.pt", "not a checkpoint")
         assert (out / "technique" / "ckpt.pt").read_bytes() == junk, "nothing is lost"
     (out / "technique" / "ckpt.pt").write_bytes(good)
-    refused(capsys, [*small, "--resume", "--max_iters", "2", "--n_layer", "3"], "--n_layer 2")
+    refused(nano.main, capsys, [*small, "--resume", "--max_iters", "2", "--n_layer", "3"], "--n_layer 2")
     saved = torch.load(out / "technique" / "ckpt.pt", weights_only=True)
     torch.save({**saved, "world": 2}, out / "technique" / "ckpt.pt")
-    refused(capsys, [*small, "--resume", "--max_iters", "2"], "2 processes")
+    refused(nano.main, capsys, [*small, "--resume", "--max_iters", "2"], "2 processes")
     torch.save({**saved, "script": "nano_other"}, out / "technique" / "ckpt.pt")
-    refused(capsys, [*small, "--resume", "--max_iters", "2"], "nano_other")
+    refused(nano.main, capsys, [*small, "--resume", "--max_iters", "2"], "nano_other")
 
 
 def test_killed_at_any_moment_then_resumed_equals_uninterrupted(small, tmp_path):
@@ -450,12 +439,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return logits, loss
 
     monkeypatch.setattr(nano.GPT, "read_out", read_out)
-    refused(capsys, small, "step 12", "not finite", "ckpt.pt")
+    refused(nano.main, capsys, small, "step 12", "not finite", "ckpt.pt")
     check_last_good(tmp_path)
     # the update just before an evaluation may be the one that breaks the weights
     monkeypatch.setattr(nano, "evaluate", lambda *_, losses=[3.0, 3.0, 2.0, 2.0, math.nan], **__: losses.pop(0))
     monkeypatch.setattr(nano.GPT, "read_out", real)
-    refused(capsys, small, "after step 20", "not finite", "ckpt.pt")
+    refused(nano.main, capsys, small, "after step 20", "not finite", "ckpt.pt")
     check_last_good(tmp_path)
 
 
@@ -480,8 +469,8 @@ def test_a_full_disk_loses_nothing(small, tmp_path):
 
 def test_a_folder_that_cannot_be_written_gets_one_line(capsys, small, tmp_path):
     (tmp_path / "file").touch()
-    refused(capsys, [*small, "--out_dir", str(tmp_path / "file" / "out")], "--out_dir")
-    refused(capsys, [*small, "--out_dir", "/proc/nano/out"], "--out_dir")
+    refused(nano.main, capsys, [*small, "--out_dir", str(tmp_path / "file" / "out")], "--out_dir")
+    refused(nano.main, capsys, [*small, "--out_dir", "/proc/nano/out"], "--out_dir")
 
 
 def final_loss(argv):
