@@ -3,7 +3,51 @@
 # dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken", "tqdm", "pytest"]
 # ///
 """
-Jump to Conclusions: linear maps from any layer of a transformer to the last
+Jump to Conclusions: linear maps from any layer of a transformer to any later one
+
+    "Jump to Conclusions: Short-Cutting Transformers with Linear Transformations"
+    Yom Din, Karidi, Choshen and Geva, LREC-COLING 2024, https://arxiv.org/abs/2303.09435
+
+What does a transformer know after l of its L layers? The logit lens reads the hidden state h_l as if it were the last one: by the
+final LayerNorm and the output head, as if all layers spoke one language. They do not. The paper's remedy costs one least-squares
+fit: for each pair of layers i < j the matrix that best predicts the later state from the earlier one, on some text:
+
+    A_ij = argmin_A  sum_n | h_i^(n) A - h_j^(n) |^2          h_0 = embeddings, h_l after layer l, before the final LayerNorm
+
+     id    p(next | h_l) = softmax(head(ln_f(h_l)))           the logit lens; the identity in the place of the map
+     mat   p(next | h_l) = softmax(head(ln_f(h_l A_lL)))      the jump to the last layer: one matrix instead of L - l layers
+
+      h_0 ---> h_1 ---> h_2 ---> ... ---> h_L ---> ln_f, head          layers, each of 12 C^2 weights and attention
+                 \______________ A_1L ______^                          a jump of C^2 weights
+
+With it the paper (1) shows that layers are closer to linear than they look: r^2 of all pairs, and how often the jump's first choice
+is among the full model's first k (Precision@k); (2) lets a token leave as soon as its reading is confident, p_(1) - p_(2) above a
+bar that falls along the text; (3) replaces single parts (attention, feed-forward, LayerNorms) by their best linear maps.
+
+The fit needs no stored state. Write a token's states as one row r = [1, h_0, .., h_L]: the matrix S = sum r^T r holds G = sum h_i^T h_i
+and sum h_i^T h_j of every pair, so A_ij = G^-1 sum h_i^T h_j; and from the S of other text comes r^2. One pass over each, any number
+of tokens, one eigendecomposition a layer.
+
+    python nano_jump.py                              # train, fit, evaluate, sample; within 3 minutes on 2 CPU cores
+    python nano_jump.py --compare                    # also with a bias, beside a tuned lens and bigrams
+    python nano_jump.py --exit_layer 4 --kv copy     # the sample leaves after layer 4 of 6
+    python nano_jump.py --init_from gpt2 --eval_tokens 20480    # GPT-2, on Shakespeare in its own tokens; pip install transformers
+
+
+What is the paper's and what is ours. The definitions are those of the abstract and of the authors' code (github.com/sashayd/mat); the
+paper's body was not at hand, and of its figures only the abstract's are quoted.
+ 1. The paper's: maps without bias or penalty, one for all tokens and positions; states before ln_f; the metrics against the full
+    model's choice; the confidence, the bar 0.9 lambda + 0.1 exp(-4 t / N), strict, from layer 1 on; the linear parts, in all later layers.
+ 2. Row vectors: a state is a row, x A, where the paper has columns, A x: our A is the transpose.
+ 3. Their fit takes one random position from each of 9,000 sentences; ours all positions of drawn windows (--fit_positions one: theirs).
+    N, their mean length of a sentence, is here the mean of t + 1 over a window, (T + 1) / 2.
+ 4. Rank-deficient layers get the smallest of the best maps, as theirs do. Eigenvalues below 1e-12 of the largest count as 0.
+ 5. Their early exit is evaluated with exact context: earlier tokens go through all layers whatever they did themselves. Our table has
+    that, with lambda picked on one half of the text and reported on the other; they read it off a curve on all of it.
+ 6. Generation with a cache is ours. A token that leaves at l owes the later layers its keys and values: from h_l itself (copy, as CALM
+    has it, arXiv 2207.07061), or from h_l A_lj, which layer j would have seen if the maps were right (mat).
+ 7. "Saved" counts layers, as theirs does. "FLOPs saved" charges the maps and heads of the checks as well.
+ 8. The model is ours: a small GPT on characters; --init_from takes GPT-2. Their masked language models are not here.
 """
 import argparse
 import contextlib
