@@ -790,7 +790,7 @@ def evaluate(run, model, split="val", tokens=0, **inputs):
         x, y = run.data.rows(split, starts[at:at + run.settings.batch_size])
         with run.autocast():
             loss = model(x, y, **inputs)[1]
-        total += torch.stack([loss * len(x), torch.full_like(loss, len(x))]).to(total)
+        total += torch.stack([loss * len(x), torch.full_like(loss, len(x))]).to(total.device).double()
     model.train(was_training)
     if run.world > 1:
         dist.all_reduce(total)

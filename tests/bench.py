@@ -4,6 +4,7 @@
     python tests/bench.py reuse            # reused attention maps: training steps of whole models, and decoding
     python tests/bench.py mom              # routed modules against their number, a masked computation and the dense twin
     python tests/bench.py transevolve      # evolved attention: both implementations, scores in every layer, and the dense twin
+    python tests/bench.py jump             # linear maps of all pairs of layers: time and memory of the fit
     python tests/bench.py base             # a training step of the dense twin against the plain loop of nanoGPT's recipe
     python tests/bench.py base --train     # both trained in turns: seconds and loss on the whole validation split
 
@@ -24,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import nano_jump  # noqa: E402
 import nano_mom  # noqa: E402
 import nano_reuse  # noqa: E402
 import nano_ssa as nano  # noqa: E402
@@ -136,7 +138,7 @@ def peak(bench, name, T, tokens):
     """The high-water mark of this process's memory, as /proc has it (Linux)."""
     def high():
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    STEPS[bench](name, 64, 64, "cpu")()  # libraries in place
+    STEPS[bench]("tiny, moments" if bench == "jump" else name, 64, 64, "cpu")()  # libraries in place
     step = STEPS[bench](name, T, tokens, "cpu")
     before = high()
     step()
@@ -430,7 +432,61 @@ def transevolve(args):
     print(nano.table(rows))
 
 
-STEPS = {"ssa": ssa_step, "reuse": reuse_step, "transevolve": transevolve_step}
+# jump
+
+class Drawn:
+    """Random tokens in the place of a corpus."""
+
+    def __init__(self, V, T, tokens, device):
+        self.idx = torch.randint(V, (max(1, tokens // T), T), device=device)
+
+    def rows(self, split, starts):
+        return self.idx[starts], None
+
+
+def jump_step(name, T, tokens, device):
+    """A fit of all maps of an untrained model to random tokens: "moments", as nano_jump.py does it; "stored states", by lstsq on the states of
+    all tokens; or "forward", which only computes the states. float32 without TF32, as in the script."""
+    size, way = name.split(", ")
+    s = nano_jump.Settings(**{**nano_jump.SIZES[size], "block_size": T, "vocab_size": 50257 if size == "gpt2" else 65, "dropout": 0.0})
+    torch.manual_seed(0)
+    model, device = nano_jump.GPT(s).to(device).eval(), torch.device(device)
+    run = nano_jump.Run(s, device, torch.float32, "", 0, 1, Drawn(s.vocab_size, T, tokens, device))
+
+    @torch.no_grad()
+    def step():
+        inputs = (x for x, _ in nano_jump.batches(run, "train", np.arange(len(run.data.idx))))
+        if way == "moments":
+            return nano_jump.fit(nano_jump.moments(run, model, ((x, torch.ones_like(x, dtype=torch.bool)) for x in inputs)), s.n_embd)
+        if way == "forward":
+            return [model.states(x)[-1].sum() for x in inputs]
+        states = [torch.cat(h) for h in zip(*([h.flatten(0, 1).double() for h in model.states(x)] for x in inputs))]
+        return {(i, j): (A, torch.zeros(s.n_embd)) for i in range(s.n_layer)
+                for j, A in enumerate(torch.linalg.lstsq(states[i], torch.cat(states[i + 1:], 1)).solution.split(s.n_embd, 1), i + 1)}
+
+    return step
+
+
+def jump(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = [("char", 256, 1_000_000)] if device == "cuda" else [("tiny", 64, 200_000)]
+    print(f"maps of all pairs of layers, random tokens; {machine()}\n")
+    rows = [["model", "tokens", "fit", "time", "vs forward alone", "peak bytes beyond the model"]]
+    for size, T, tokens in sizes:
+        steps = {way: jump_step(f"{size}, {way}", T, tokens, device) for way in ("forward", "moments", "stored states")}
+        a, b = (jump_step(f"{size}, {way}", T, 16 * T, device)() for way in ("moments", "stored states"))
+        for pair in a:  # what is compared computes the same; layer 0 may have too few dimensions for one solution
+            if pair[0]:
+                torch.testing.assert_close(a[pair][0], b[pair][0], atol=1e-4, rtol=1e-3)
+        times = in_turns(steps, args.runs, device)
+        for way, t in times.items():
+            rows.append([size, f"{tokens:,}", way, f"{t:.2f} s", f"{t / times['forward']:.2f}x", peak_bytes("jump", f"{size}, {way}", T, tokens, device)])
+    for tokens in (1024, 4096):
+        rows.append(["gpt2", f"{tokens:,}", "moments", None, None, peak_bytes("jump", "gpt2, moments", 1024, tokens, device)])
+    print(nano.table(rows))
+
+
+STEPS = {"ssa": ssa_step, "reuse": reuse_step, "transevolve": transevolve_step, "jump": jump_step}
 
 
 # base: the loop that nanoGPT's README and config/train_shakespeare_char.py describe, written plainly
@@ -599,6 +655,9 @@ if __name__ == "__main__":
     p.add_argument("--tokens", type=int, default=2048)
     p.add_argument("--runs", type=int, default=7)
     p.set_defaults(run=mom)
+    p = commands.add_parser("jump")
+    p.add_argument("--runs", type=int, default=5)
+    p.set_defaults(run=jump)
     p = commands.add_parser("base")
     p.add_argument("--train", action="store_true")
     p.add_argument("--runs", type=int, default=7)
