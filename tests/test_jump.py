@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -640,13 +641,22 @@ def test_gpt2_has_the_logits_and_states_of_transformers(tmp_path, corpus, capsys
     assert again["arms"]["technique"]["evaluation"]["precision"] == results["arms"]["technique"]["evaluation"]["precision"]
 
 
-def test_folders_of_other_models_get_one_line(tmp_path, capsys):
+def test_folders_of_other_models_get_one_line(tmp_path, corpus, capsys):
     transformers = pytest.importorskip("transformers")
-    saved_gpt2(tmp_path / "relu", 65, activation_function="relu")
+    vocab = json.loads((corpus / "meta.json").read_text())["vocab_size"]
+    saved_gpt2(tmp_path / "relu", vocab, activation_function="relu")
     transformers.LlamaConfig().save_pretrained(tmp_path / "llama")
     (tmp_path / "nothing").mkdir()
-    for source, words in (("relu", "activation_function relu"), ("llama", "model_type llama"), ("nothing", "save_pretrained wrote")):
-        refused(nano.main, capsys, ["--device", "cpu", "--init_from", str(tmp_path / source)], "--init_from", words)
+    saved_gpt2(tmp_path / "wide", vocab, n_inner=64)
+    saved_gpt2(tmp_path / "cut", vocab)
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1000)
+    saved_gpt2(tmp_path / "lied", vocab)
+    config = json.loads((tmp_path / "lied" / "config.json").read_text())
+    (tmp_path / "lied" / "config.json").write_text(json.dumps({**config, "n_embd": 64}))
+    for source, words in (("relu", "activation_function relu"), ("llama", "model_type llama"), ("nothing", "save_pretrained wrote"), ("wide", "n_inner 64, not 128"),
+                          ("cut", "save_pretrained wrote"), ("lied", "save_pretrained wrote")):
+        refused(nano.main, capsys, ["--device", "cpu", "--dataset", str(corpus), "--out_dir", str(tmp_path / "out"), "--init_from", str(tmp_path / source)], "--init_from", words)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_the_script(corpus, tmp_path):
@@ -678,6 +688,128 @@ def test_a_run_of_the_script(corpus, tmp_path):
         assert words in done.stdout, words
 
 
+@pytest.mark.parametrize("flags", [[], ["--ridge", "0.1", "--affine"]])
+def test_every_number_of_the_evaluation_is_what_its_name_says(corpus, tmp_path, monkeypatch, flags):
+    """Recomputed from maps.pt and best.pt with nothing of the script but the model, its parts' maps and the text of the fit."""
+    out = tmp_path / "out"
+    hows = []
+    speed = lambda decoders, idx, n: [hows.append([d().layers, d().lam, d().kv, d().maps is None]) or (100.0 + i, i) for i, d in enumerate(decoders)]
+    monkeypatch.setattr(nano, "timed", speed)
+    results = nano.main([*SMALL, "--n_layer", "3", "--block_size", "16", "--max_iters", "40", "--dataset", str(corpus), "--out_dir", str(out), "--fit_tokens", "3000",
+                         "--compare", "--eval_tokens", "640", "--exit_threshold", "0.3", *flags])
+    e, s = results["arms"]["technique"]["evaluation"], nano.Settings(**results["settings"])
+    assert e["fit"]["states"] == 3000 and e["fit"]["affine"] == bool(flags) and e["fit"]["ridge"] == (0.1 if flags else 0)
+    data = nano.Data(s, torch.device("cpu"))
+    run = nano.Run(s, torch.device("cpu"), torch.float32, "", 0, 1, data)
+    model = nano.GPT(s).eval()
+    model.load_state_dict(torch.load(out / "technique" / "best.pt", weights_only=True)["model"])
+    maps = {tuple(map(int, pair.split())): m for pair, m in torch.load(out / "technique" / "maps.pt", weights_only=True).items()}
+    x, y = data.rows("val", data.windows("val", 640))
+    L, T, N = 3, 16, 640
+    with torch.no_grad():
+        h = [z.flatten(0, 1) for z in model.states(x)]
+        fitted = [torch.cat(z).double() for z in zip(*([z[used] for z in model.states(i)] for i, used in nano.fit_batches(run)))]
+        read = lambda z: (model.ln_f(z) @ model.wte.weight.T).log_softmax(-1)
+        full = read(h[L])
+        order = full.argsort(-1, descending=True)
+
+        def lstsq(X, Y, ridge, one):
+            X = torch.cat([torch.ones(len(X), one, dtype=X.dtype), X], 1)
+            penalty = torch.eye(X.size(1), dtype=X.dtype) * ridge * X[:, one:].square().sum(0).mean()
+            penalty[:one] = 0
+            W = torch.linalg.pinv(X.T @ X + penalty, rcond=1e-12, hermitian=True) @ (X.T @ Y)
+            return W[one:].float(), W[0].float() if one else torch.zeros(Y.size(1))
+
+        again = {(i, j): lstsq(fitted[i], fitted[j], e["fit"]["ridge"], e["fit"]["affine"]) for i in range(L) for j in range(i + 1, L + 1)}
+        affine = {(i, j): lstsq(fitted[i], fitted[j], e["fit"]["ridge"], True) for i in range(L) for j in range(i + 1, L + 1)}
+        for pair in maps:
+            torch.testing.assert_close(again[pair][0], maps[pair][0], atol=1e-3, rtol=1e-2)
+            torch.testing.assert_close(again[pair][1], maps[pair][1], atol=1e-3, rtol=1e-2)
+        to = lambda z, m, i, j: z @ m[i, j][0] + m[i, j][1] if m and i < j else z
+        for name, m in ("id", None), ("mat", maps), ("affine", affine):
+            for i in range(L):
+                for j in range(i + 1, L + 1):
+                    wrong, spread = (h[j] - to(h[i], m, i, j)).square().sum(0), (h[j] - h[j].mean(0)).square().sum(0)
+                    assert e["r2"][name][i][j] == pytest.approx((1 - wrong / spread).mean().item(), abs=2e-3)
+                    assert e["r2_global"][name][i][j] == pytest.approx((1 - wrong.sum() / spread.sum()).item(), abs=2e-3)
+            same, sure = torch.ones(L + 1, N), torch.ones(L + 1, N)
+            for l in range(L + 1):
+                z = read(to(h[l], m, l, L))
+                choice = z.argmax(-1)
+                hits = [(order[:, :k] == choice[:, None]).any(-1).float() for k in (1, 5, 10)]
+                p = z.exp().sort(-1).values
+                same[l], sure[l] = hits[0], p[:, -1] - p[:, -2]
+                for k, hit in zip(("1", "5", "10"), hits):
+                    assert e["precision"][name][k][l] == pytest.approx(hit.mean().item(), abs=4e-3)
+                assert e["surprisal"][name][l] == pytest.approx(-full.gather(1, choice[:, None]).mean().item(), abs=5e-3)
+                assert e["kl"][name][l] == pytest.approx((full.exp() * (full - z)).sum(-1).mean().item(), abs=2e-3)
+                assert e["gold_loss"][name][l] == pytest.approx(F.nll_loss(z, y.flatten()).item(), abs=2e-3)
+            if name == "affine":
+                continue
+            t = torch.arange(T).repeat(N // T)
+            leave = lambda lam, n, layers: next((l for l in layers if sure[l, n] > 0.9 * lam + 0.1 * math.exp(-4 * t[n] / 8.5)), L)
+            for point in [p for p in e["exit"]["curve"][name] if p["threshold"] in (-nano.NEVER, 0.3, nano.NEVER)]:
+                at = [leave(point["threshold"], n, range(1, L)) for n in range(N // 2, N)]
+                assert point["layers"] == pytest.approx(sum(at) / len(at), abs=0.02)
+                assert point["agreement"] == pytest.approx(sum(same[l, n].item() for n, l in enumerate(at, N // 2)) / len(at), abs=0.01)
+            for target, found in e["exit"]["at"].items():
+                at = [leave(found[name]["threshold"], n, range(1, L)) for n in range(N // 2, N)]
+                assert found[name]["layers_saved"] == e["layers_saved"][target][name] == pytest.approx(1 - sum(at) / len(at) / L, abs=0.01)
+                assert found[name]["agreement"] == pytest.approx(sum(same[l, n].item() for n, l in enumerate(at, N // 2)) / len(at), abs=0.01)
+                assert found[name]["flops_saved"] == pytest.approx(nano.saved_flops(s, torch.tensor(at), name == "mat"), abs=0.01)
+                first = [leave(found[name]["threshold"], n, range(1, L)) for n in range(N // 2)]
+                assert sum(same[l, n].item() for n, l in enumerate(first)) / len(first) >= float(target) - 0.005
+            for g in e["generation"]:
+                if g["method"] == name:
+                    layers = [2] if "layer 2" in g["exit"] else range(1, L)
+                    lam = 0.3 if "lambda 0.3" in g["exit"] else nano.NEVER if "never" in g["exit"] else -nano.NEVER
+                    at = [leave(lam, n, layers) for n in range(N // 2, N)]
+                    assert g["agreement_exact_context"] == pytest.approx(sum(same[l, n].item() for n, l in enumerate(at, N // 2)) / len(at), abs=0.01)
+                    assert hows[g["layers"]] == [tuple(layers) if len(layers) == 1 else range(1, L), -math.inf if g["exit"].startswith("after") else lam, g["kv"], name == "id"]
+                    gone, agree = [], []
+                    for row in x[N // T // 2:]:  # literally, with the cache
+                        logits, left = oracle(model, row[None], None if name == "id" else maps, layers, lam, g["kv"])
+                        gone += left
+                        agree += (logits.argmax(-1) == model(row[None])[0][0].argmax(-1)).tolist()
+                    assert g["agreement"] == pytest.approx(sum(agree) / len(agree), abs=0.01) and g["layers_true_text"] == pytest.approx(sum(gone) / len(gone), abs=0.02)
+                    assert g["speedup"] == pytest.approx(g["tokens_per_second"] / 100)
+        assert len(e["generation"]) == 9 and e["generation"][0]["agreement"] == 1
+        parts = nano.fit_parts(run, model, nano.fit_batches(run))
+        for name, names in nano.PARTS.items():
+            for l in range(L):
+                z = model.states(x)[l]
+                for block, m in zip(model.h[l:], parts[l:]):
+                    z = block(z, {part: m[part] for part in names})
+                choice = read(z.flatten(0, 1)).argmax(-1)
+                for k in (1, 5, 10):
+                    assert e["submodules"][name]["precision"][str(k)][l] == pytest.approx((order[:, :k] == choice[:, None]).any(-1).float().mean().item(), abs=4e-3)
+                assert e["submodules"][name]["surprisal"][l] == pytest.approx(-full.gather(1, choice[:, None]).mean().item(), abs=5e-3)
+        for name, m in ("id", None), ("mat", maps):
+            start = data.windows("val", 640)[20]
+            z = model.states(data.rows("val", [start])[0])
+            show = lambda ids: [repr(data.decode([i]))[1:-1].replace(" ", "_") for i in ids.tolist()]
+            assert e["first_choices"]["text"] == show(data.val[start:start + 16])
+            assert e["first_choices"][name] == [show(read(to(z[l][0], m, l, L)).argmax(-1)) for l in range(L + 1)]
+        pairs = nano.bigrams(run)[x.flatten()]
+        assert e["gold_loss"]["bigrams"] == [pytest.approx(F.nll_loss(pairs, y.flatten()).item(), abs=1e-3)]
+
+
+def test_the_penalty_holds_for_parts_too(run):
+    model = nano.GPT(run.settings).eval()
+    run.settings.ridge = 1e9
+    assert all(A.norm() < 1e-3 for layer in nano.fit_parts(run, model, nano.fit_batches(run)) for A in layer.values())
+
+
+def test_generation_is_timed_greedily_and_without_the_prompt(monkeypatch):
+    model, seen = model_of(settings()), []
+    clock = iter(range(1000))
+    monkeypatch.setattr(nano.time, "perf_counter", lambda: next(clock))
+    real = nano.GPT.generate
+    monkeypatch.setattr(nano.GPT, "generate", lambda model, idx, n, temperature=1.0, **how: seen.append((tuple(idx.shape), n, temperature)) or real(model, idx, n, temperature, **how))
+    (full, layers), (rate, two) = nano.timed([lambda: nano.Decoder(model), lambda: nano.Decoder(model, None, (2,))], tokens(1, 4), 10)
+    assert (layers, two) == (4, 2) and full == rate == 10 and set(seen) == {((1, 4), 10, 0)}
+
+
 def test_a_picture_is_drawn(small, tmp_path):
     pytest.importorskip("matplotlib")
     nano.main([*small, "--max_iters", "2", "--fit_tokens", "1000"])
@@ -688,6 +820,21 @@ def test_a_picture_is_drawn(small, tmp_path):
 def test_the_sample_leaves_where_it_should(small, capsys, argv, layers):
     nano.main([*small, "--max_iters", "2", "--fit_tokens", "1000", *argv])
     assert f"its tokens went through {layers}.00 of 2 layers." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, expected", [(["--exit_layer", "1"], [(1,), -math.inf, "mat"]), (["--exit_layer", "1", "--kv", "copy"], [(1,), -math.inf, "copy"]),
+                                            (["--exit_threshold", "0.4"], [range(1, 2), 0.4, "mat"]), (["--kv", "copy"], [range(1, 2), 0.8, "copy"])])
+def test_the_flags_of_the_sample_reach_its_decoder(small, monkeypatch, argv, expected):
+    seen, real = [], nano.Decoder
+    monkeypatch.setattr(nano, "Decoder", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[-1])
+    nano.main([*small, "--max_iters", "2", "--fit_tokens", "1000", *argv])
+    assert [seen[-1].layers, seen[-1].lam, seen[-1].kv] == expected and set(seen[-1].maps) == {(0, 1), (0, 2), (1, 2)}
+
+
+def test_a_longer_prompt_and_a_sample_beyond_the_context(small, corpus, capsys):
+    prompt = (corpus / "meta.json").exists() and json.loads((corpus / "meta.json").read_text())["alphabet"][1] * 20
+    nano.main([*small[:-4], *small[-2:], "--dataset", str(corpus), "--max_iters", "2", "--fit_tokens", "1000", "--exit_layer", "1", "--sample_tokens", "40", "--prompt", prompt])
+    assert "its tokens went through 1.00 of 2 layers." in capsys.readouterr().out
 
 
 def test_a_model_of_one_layer(small, capsys):
@@ -705,6 +852,24 @@ def test_a_checkpoint_is_taken_and_evaluated_as_it_was(small, tmp_path):
     assert again["settings"]["n_layer"] == 2 and again["settings"]["dataset"] == first["settings"]["dataset"] and again["settings"]["max_iters"] == 0
     only = nano.main(["--device", "cpu", "--eval_only", "--fit_tokens", "1000", "--sample_tokens", "4", "--out_dir", str(tmp_path / "out")])
     assert only["arms"]["technique"]["evaluation"]["precision"] == first["arms"]["technique"]["evaluation"]["precision"]
+
+
+def test_a_model_taken_from_the_folder_that_is_moved_aside_and_gone_afterwards(small, tmp_path, monkeypatch):
+    """Its own earlier run in --out_dir; --resume and --eval_only need it no more."""
+    argv, best = [*small, "--fit_tokens", "1000"], str(tmp_path / "out" / "technique" / "best.pt")
+    first = nano.main(argv)
+    again = nano.main([*argv, "--init_from", best])
+    assert (tmp_path / "out.1" / "technique" / "best.pt").exists()
+    assert first["arms"]["technique"]["evaluation"]["precision"] == again["arms"]["technique"]["evaluation"]["precision"]
+    moved = nano.main([*small[:-2], "--fit_tokens", "1000", "--out_dir", str(tmp_path / "third"), "--init_from", str(tmp_path / "out.1" / "technique" / "best.pt")])
+    shutil.rmtree(tmp_path / "out.1")
+    for flag in ("--eval_only", "--resume"):
+        only = nano.main(["--device", "cpu", flag, "--fit_tokens", "1000", "--sample_tokens", "4", "--out_dir", str(tmp_path / "third")])
+        assert only["arms"]["technique"]["evaluation"]["precision"] == moved["arms"]["technique"]["evaluation"]["precision"]
+
+
+def test_a_short_validation_split_gets_one_line(capsys, small):
+    refused(nano.main, capsys, [*small, "--eval_tokens", "32"], "too short to pick lambda", "--eval_tokens")
 
 
 def test_the_evaluation_is_without_dropout(run):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -66,6 +67,13 @@ def test_header_names_the_requirements(path):
     header = re.match(r"# /// script\n((?:# .*\n)+?)# ///\n", path.read_text(encoding="utf-8")).group(1)
     found = json.loads(re.search(r"# dependencies = (\[.*\])", header).group(1))
     assert found == (ROOT / "requirements.txt").read_text().split()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_python_has_nothing_to_warn_of(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile(path.read_text(encoding="utf-8"), path.name, "exec")
 
 
 # the command line
