@@ -30,7 +30,7 @@ of tokens, one eigendecomposition a layer.
 
     python nano_jump.py                              # train, fit, evaluate, sample; within 3 minutes on 2 CPU cores
     python nano_jump.py --compare                    # also with a bias, beside a tuned lens and bigrams
-    python nano_jump.py --exit_layer 4 --kv copy     # the sample leaves after layer 4 of 6
+    python nano_jump.py --exit_layer 4 --kv copy     # the sample leaves after layer 4, within the context
     python nano_jump.py --init_from gpt2 --eval_tokens 20480    # GPT-2, on Shakespeare in its own tokens; pip install transformers
 
 What we found. Tiny Shakespeare, 6 layers of 96, T = 64, 1,500 steps; maps of 200,000 training tokens; everything on the validation
@@ -308,7 +308,7 @@ def add_moments(S, states):
 
     S holds all that least squares and r^2 need, for all pairs of layers, whatever the number of tokens.
     """
-    rows = torch.cat([torch.ones_like(states[0][:, :1]), *states], 1).to(S.device).to(S.dtype)  # first there: mps has no float64
+    rows = torch.cat([torch.ones_like(states[0][:, :1]), *states], 1).to(S.device).to(S.dtype)  # two steps: mps has no float64
     S.addmm_(rows.T, rows)
 
 
@@ -341,11 +341,11 @@ def fit(S, C, ridge=0.0, affine=False, dtype=torch.float32):
 def explained(S, C, i, j, A, a):
     """r^2 of h_i A + a for h_j on the text with the moments S: the mean over channels of 1 - SSE / SST, and 1 - sum SSE / sum SST.
 
-    With x = [1, h_i] and W = [a; A], and without any state:  SSE_c = sum_n (x_n W_c - y_nc)^2 = W_c^T (x^T x) W_c - 2 W_c^T (x^T y_c) + y_c^T y_c.
-    Channels that do not vary are left out of the mean.
+    Without any state, with x = [1, h_i] and W = [a; A]:
+    SSE_c = sum_n (x_n W_c - y_nc)^2 = W_c^T (x^T x) W_c - 2 W_c^T (x^T y_c) + y_c^T y_c. Channels that do not vary are left out of the mean.
     """
     x, y = [0, *range(1 + i * C, 1 + (i + 1) * C)], place(j, C)
-    W = torch.cat([a[None], A]).to(S.device).to(S.dtype)                                                            # (1+C, C)
+    W = torch.cat([a[None], A]).to(S.device).to(S.dtype)                                         # (1+C, C)
     squares = S[y, y].diagonal()
     SSE = (W * (S[x][:, x] @ W - 2 * S[x, y])).sum(0) + squares
     SST = squares - S[0, y] ** 2 / S[0, 0]
@@ -588,7 +588,7 @@ def from_transformers(load, source):
                            else "name a folder that GPT2LMHeadModel.save_pretrained wrote"))
 
 
-SIZE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout", "dataset")  # settings that a model brings along
+SIZE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout", "dataset")  # what a model brings along
 
 
 def model_settings(source):
@@ -596,21 +596,22 @@ def model_settings(source):
     if source not in PUBLISHED and not Path(source).is_dir():
         return {name: saved_model(source)["settings"][name] for name in SIZE}
     c = from_transformers("AutoConfig", source)
-    ours = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True, add_cross_attention=False,
-                scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+    ours = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                add_cross_attention=False, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
     for name, value in ours.items():
         if getattr(c, name, value) != value:
             raise UserError(f"--init_from {source} is not GPT-2: its config has {name} {getattr(c, name)}, not {value}")
     if c.n_inner not in (None, 4 * c.n_embd):
         raise UserError(f"--init_from {source} is not GPT-2: its config has n_inner {c.n_inner}, not {4 * c.n_embd}")
-    return dict(zip(SIZE, (c.n_layer, c.n_head, c.n_embd, c.n_positions, True, c.vocab_size, 0.0, "shakespeare" if c.vocab_size == 50257 else "auto")))
+    dataset = "shakespeare" if c.vocab_size == 50257 else "auto"
+    return dict(zip(SIZE, (c.n_layer, c.n_head, c.n_embd, c.n_positions, True, c.vocab_size, 0.0, dataset)))
 
 
 def saved_model(source):
     """The content of a checkpoint of this script."""
     try:
         saved = torch.load(source, map_location="cpu", weights_only=True)
-        script, _ = saved["script"], [saved["settings"][name] for name in SIZE] if saved["script"] == SCRIPT else []
+        script, _ = saved["script"], saved["settings"]
     except FileNotFoundError:
         raise UserError(f"--init_from {source}: there is no such file; use scratch, gpt2, gpt2-medium, a checkpoint or a folder")
     except Exception as e:  # a file that is no checkpoint can make torch.load raise almost anything
@@ -1058,14 +1059,16 @@ def load_data(s, device):
     data.weights = None
     if s.init_from != "scratch" and not (s.resume or s.eval_only):
         if data.vocab_size != s.vocab_size:
-            raise UserError(f"--init_from {s.init_from} has a vocabulary of {s.vocab_size}, {data.name} one of {data.vocab_size}: use another --dataset")
+            raise UserError(f"--init_from {s.init_from} has a vocabulary of {s.vocab_size}, {data.name} one of {data.vocab_size}: "
+                            "use another --dataset")
         data.weights = model_weights(s.init_from)
     states = len(data.windows("train")) * positions(s)
     if states < s.n_embd + s.affine:
         raise UserError(f"--fit_positions {s.fit_positions} finds {states} states in {data.name} to fit {s.n_embd} dimensions: "
                         "use --fit_positions all, or more text")
     if len(data.windows("val", s.eval_tokens)) < 2:
-        raise UserError(f"{data.name} is too short to pick lambda on one part and report on another: use a smaller --block_size, or more --eval_tokens")
+        raise UserError(f"{data.name} is too short to pick lambda on one part and report on another: use a smaller --block_size, "
+                        "or more --eval_tokens")
     return data
 
 
@@ -1123,7 +1126,8 @@ PARTS = {"attention": ("attn",), "feed-forward": ("mlp",), "both LayerNorms": ("
 def fit_parts(run, model, stream):
     """The best linear maps of every layer's ln_1, attn, ln_2 and mlp, from what goes in to what comes out: [{name: (C, C)}] * L."""
     C, device = model.wte.embedding_dim, "cpu" if run.device.type == "mps" else run.device
-    moments = [{name: torch.zeros(2, C, C, dtype=torch.float64, device=device) for name in ("ln_1", "attn", "ln_2", "mlp")} for _ in model.h]
+    names = ("ln_1", "attn", "ln_2", "mlp")
+    moments = [{name: torch.zeros(2, C, C, dtype=torch.float64, device=device) for name in names} for _ in model.h]
     for idx, used in stream:
         x = model.embed(idx)
         for block, sums in zip(model.h, moments):
@@ -1136,16 +1140,17 @@ def fit_parts(run, model, stream):
                 sums[name][0].addmm_(before.T, before)
                 sums[name][1].addmm_(before.T, after)
             x = x + b + d
-    return [{name: least_squares(G, XY, run.settings.ridge).float().to(run.device) for name, (G, XY) in layer.items()} for layer in moments]
+    return [{name: least_squares(G, XY, run.settings.ridge).float().to(run.device) for name, (G, XY) in sums.items()}
+            for sums in moments]
 
 
 METRICS = ("p1", "p5", "p10", "surprisal", "kl", "gold_loss", "confidence")
 
 
 def against(logits, full, targets):
-    """What the paper measures of a reading, token by token. logits (.., V); full: the full model's log-probabilities (n, V), the reference,
-    never the true token. Returns METRICS (7, n): is the reading's first choice among the full model's first 1, 5, 10; its surprisal -ln p_full(choice);
-    KL(full || reading); the reading's loss on the targets; its confidence. Nats."""
+    """What the paper measures of a reading, token by token. logits (.., V); full: the full model's log-probabilities (n, V), the
+    reference, never the true token. Returns METRICS (7, n): is the reading's first choice among the full model's first 1, 5, 10; its
+    surprisal -ln p_full(choice); KL(full || reading); the reading's loss on the targets; its confidence. Nats."""
     z = logits.flatten(0, -2).float().log_softmax(-1)
     p = full.gather(-1, z.argmax(-1, keepdim=True))                                              # (n, 1): ln p_full(choice)
     rank = (full > p).sum(-1)
@@ -1161,7 +1166,8 @@ def measure(run, model, starts, lenses, parts=()):
     {part: (L, 7)}, and of the lenses p1 and confidence token by token, {lens: (2, L+1, tokens)}.
     """
     L = len(model.h)
-    means = {name: torch.zeros(L + 1, 7, dtype=torch.float64) for name in lenses} | {name: torch.zeros(L, 7, dtype=torch.float64) for name in parts and PARTS}
+    means = {name: torch.zeros(L + 1, 7, dtype=torch.float64) for name in lenses}
+    means |= {name: torch.zeros(L, 7, dtype=torch.float64) for name in parts and PARTS}
     kept = {name: [] for name in lenses}
     for x, y in batches(run, "val", starts):
         states = model.states(x)
@@ -1189,16 +1195,16 @@ def frontier(same, sure, t, lams, N, layers=None):
     L = len(same) - 1
     for lam in lams:
         through, hit, bar = torch.full_like(t, L), same[L], threshold(lam, t, N)
-        for l in [l for l in range(L - 1, 0, -1) if layers is None or l in layers]:  # downwards: the first that lets it go is the last to say so
+        for l in [l for l in range(L - 1, 0, -1) if layers is None or l in layers]:  # downwards: the first layer has the last word
             leaves = sure[l] > bar
             through, hit = torch.where(leaves, l, through), torch.where(leaves, same[l], hit)
         yield through, hit
 
 
 def saved_flops(s, through, mapped):
-    """Share of a forward pass's FLOPs that leaving saves: a layer has 24 C^2 + 4 C T, a head 2 V C, a map 2 C^2. Charged are a map and a head
-    at every layer that the token could have left after, from 1 to L-1, and the keys and values that it owes to each skipped layer, 4 C^2
-    (by copy). through: layers gone through (n,)."""
+    """Share of a forward pass's FLOPs that leaving saves: a layer has 24 C^2 + 4 C T, a head 2 V C, a map 2 C^2. Charged are a map and
+    a head at every layer that the token could have left after, from 1 to L-1, and the keys and values that it owes to each skipped
+    layer, 4 C^2 (by copy). through: layers gone through (n,)."""
     C, L, l = s.n_embd, s.n_layer, through.double()
     layer, head = 24 * C ** 2 + 4 * C * s.block_size, 2 * s.vocab_size * C
     spent = l * layer + (L - l) * 4 * C ** 2 + l.clamp(max=L - 1) * (head + 2 * C ** 2 * mapped) + (l == L) * head
@@ -1209,8 +1215,8 @@ TARGETS = (0.95, 0.98, 0.99)
 
 
 def exits(s, kept):
-    """The curve of layers against agreement, and what is saved at the agreement wanted: of 402 lambdas the one with the fewest layers among
-    those that agree often enough on the first half of the windows; what it gives on the second. kept: {lens: (2, L+1, tokens)} of measure."""
+    """The curve of layers against agreement, and what is saved at the agreement wanted: of 402 lambdas the one with the fewest layers
+    among those that agree often enough on the first half of the windows; what it gives on the second. kept: of measure."""
     L, T, N = s.n_layer, s.block_size, (s.block_size + 1) / 2
     found = dict(curve={}, at={str(target): {} for target in TARGETS})
     for name in ("id", "mat"):
@@ -1220,31 +1226,34 @@ def exits(s, kept):
         first, second = (same[:, :half], sure[:, :half], t[:half]), (same[:, half:], sure[:, half:], t[half:])
 
         def means(half, lams):
-            return [(lam, through.double().mean().item(), hit.double().mean().item()) for lam, (through, hit) in zip(lams, frontier(*half, lams, N))]
+            return [(lam, through.double().mean().item(), hit.double().mean().item())
+                    for lam, (through, hit) in zip(lams, frontier(*half, lams, N))]
 
         found["curve"][name] = [dict(threshold=lam, layers=layers, agreement=agreement)
                                 for lam, layers, agreement in means(second, [-NEVER, *(i / 10 for i in range(11)), NEVER])]
-        bounds = ((first[1][1:L] - threshold(0.0, first[2], N)) / 0.9).flatten().sort().values   # a token leaves where lambda is below its bound
+        bounds = ((first[1][1:L] - threshold(0.0, first[2], N)) / 0.9).flatten().sort().values   # a lambda below it lets the token go
         lams = bounds[torch.linspace(0, len(bounds) - 1, 401).long()].tolist() if L > 1 else []
         tried = means(first, [*lams, NEVER])
         for target in TARGETS:
             lam = min((layers, agreement, lam) for lam, layers, agreement in tried if agreement >= target)[-1]
             through, hit = next(frontier(*second, [lam], N))
             found["at"][str(target)][name] = dict(threshold=lam, agreement=hit.double().mean().item(),
-                                                  layers_saved=1 - through.double().mean().item() / L, flops_saved=saved_flops(s, through, name == "mat"))
+                                                  layers_saved=1 - through.double().mean().item() / L,
+                                                  flops_saved=saved_flops(s, through, name == "mat"))
     return found
 
 
 @torch.no_grad()
 def generation(run, model, maps, starts, kept):
-    """Generation with early exits, one row for each way: tokens/s of one sequence within the context, without the prompt; and how often its
-    first choice is the full model's where true text is read, with the cache that generation has and with exact context."""
+    """Generation with early exits, one row for each way: tokens/s of one sequence within the context, without the prompt; and how
+    often its first choice is the full model's where true text is read, with the cache that generation has and with exact context."""
     s, L, T = run.settings, len(model.h), run.settings.block_size
     fixed, lam, every = s.exit_layer if 0 < s.exit_layer < L else max(1, 2 * L // 3), s.exit_threshold, range(1, L)
     ways = [("full", "", "", None, (), NEVER)]  # method, what it is called, keys and values, maps, layers, lambda
     for exit, layers, bar in (f"after layer {fixed}", (fixed,), -math.inf), (f"lambda {lam:g}", every, lam):
         ways += [("id", exit, "copy", None, layers, bar), ("mat", exit, "copy", maps, layers, bar), ("mat", exit, "mat", maps, layers, bar)]
-    ways += [("mat", f"lambda {lam:g}, layer {fixed} only", "mat", maps, (fixed,), lam), ("mat", f"lambda {NEVER}: never", "mat", maps, every, NEVER)]
+    ways += [("mat", f"lambda {lam:g}, layer {fixed} only", "mat", maps, (fixed,), lam),
+             ("mat", f"lambda {NEVER}: never", "mat", maps, every, NEVER)]
 
     some = slice(len(starts) // 2, len(starts) // 2 + max(1, 2**14 // T))
     idx = run.data.rows("val", starts[some][:1])[0][:, :max(1, T // 8)]
@@ -1310,7 +1319,8 @@ def bigrams(run):
     V = run.data.vocab_size
     if V > 4096:
         return None
-    ids = torch.as_tensor(np.asarray(run.data.train[:2**27] if isinstance(run.data.train, np.memmap) else run.data.train.cpu()).astype(np.int64))
+    ids = run.data.train[:2**27]
+    ids = torch.as_tensor(ids.astype(np.int64)) if isinstance(ids, np.memmap) else ids.long().cpu()
     counts = torch.bincount(ids[:-1] * V + ids[1:], minlength=V * V).view(V, V) + 0.1
     return (counts / counts.sum(1, keepdim=True)).log().float().to(run.device)
 
@@ -1363,8 +1373,8 @@ def evaluate_arm(run, arm, model):
                 r2_global={name: [[pair[1] for pair in row] for row in rows] for name, rows in r2.items()},
                 precision={name: precision(name) for name in lenses},
                 **{metric: {name: by_layer(name, metric) for name in lenses} for metric in ("surprisal", "kl", "gold_loss")},
-                layers_saved={target: {name: e["layers_saved"] for name, e in row.items()} for target, row in exit["at"].items()}, exit=exit,
-                submodules={name: dict(precision=precision(name), surprisal=by_layer(name, "surprisal")) for name in PARTS},
+                layers_saved={target: {name: e["layers_saved"] for name, e in row.items()} for target, row in exit["at"].items()},
+                exit=exit, submodules={name: dict(precision=precision(name), surprisal=by_layer(name, "surprisal")) for name in PARTS},
                 generation=generation(run, model, maps, starts, kept) if L > 1 else [],
                 first_choices=first_choices(run, model, maps, starts[len(starts) // 2]))
 
@@ -1392,7 +1402,8 @@ def report(run, arms, model):
              for target, found in e["exit"]["at"].items()]
     print("Early exit with exact context, lambda from the other half of the text, % (FLOPs: with maps and heads):", table(rows), sep="\n")
     rows = [["real layers", "whole blocks (mat)", *PARTS]]
-    rows += [[str(l), percent(e["precision"]["mat"]["1"][l]), *(percent(e["submodules"][name]["precision"]["1"][l]) for name in PARTS)] for l in range(L)]
+    rows += [[str(l), percent(e["precision"]["mat"]["1"][l]), *(percent(e["submodules"][name]["precision"]["1"][l]) for name in PARTS)]
+             for l in range(L)]
     print("\nP@1 with a part of all layers above made linear, %:", table(rows), sep="\n")
     if e["generation"]:
         rows = [["generation, float32", "leaves", "keys, values", "tokens/s", "ratio", "layers", "agreement, %", "with exact context"]]
@@ -1400,11 +1411,14 @@ def report(run, arms, model):
                   percent(g["agreement"]), percent(g["agreement_exact_context"])] for g in e["generation"]]
         print("\n" + table(rows))
     first = e["first_choices"]
-    rows = [["text", *first["text"]], *([f"{l} {name}", *first[name][l]] for name in ("id", "mat") for l in range(L)), ["full model", *first["mat"][L]]]
+    rows = [["text", *first["text"]], *([f"{l} {name}", *first[name][l]] for name in ("id", "mat") for l in range(L)),
+            ["full model", *first["mat"][L]]]
     print("\nThe next token, as each layer would have it:", table(rows), sep="\n")
     picture(run, e)
-    maps = {tuple(map(int, pair.split())): m for pair, m in torch.load(run.out / "technique" / "maps.pt", map_location=run.device, weights_only=True).items()}
-    decoder = Decoder(model, maps, range(1, L), s.exit_threshold, s.kv) if s.exit_layer < 0 else Decoder(model, maps, (s.exit_layer,), kv=s.kv)
+    saved = torch.load(run.out / "technique" / "maps.pt", map_location=run.device, weights_only=True)
+    maps = {tuple(map(int, pair.split())): m for pair, m in saved.items()}
+    layers, lam = (range(1, L), s.exit_threshold) if s.exit_layer < 0 else ((s.exit_layer,), -math.inf)
+    decoder = Decoder(model, maps, layers, lam, s.kv)
     prompt = sample(run, model, next_logits=decoder).size(1) - s.sample_tokens
     if through := decoder.through[1:max(1, s.block_size - prompt + 1)]:  # the first is the prompt
         print(f"\nWithin the context its tokens went through {torch.cat(through).float().mean():.2f} of {L} layers.")

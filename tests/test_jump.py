@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -559,12 +560,14 @@ def test_the_tuned_lens_learns(run):
     assert (means["tuned"][:3, 4] < 0.9 * means["id"][:3, 4]).all(), "its KL is smaller than the logit lens's"
 
 
-def test_bigrams_are_counted(run):
+def test_bigrams_are_counted(run, corpus):
     found, ids = nano.bigrams(run), run.data.train.tolist()
     V = run.data.vocab_size
     follow = [b for a, b in zip(ids, ids[1:]) if a == 5]
     expected = torch.tensor([math.log((follow.count(v) + 0.1) / (len(follow) + 0.1 * V)) for v in range(V)])
     torch.testing.assert_close(found[5], expected, atol=1e-5, rtol=1e-5)
+    run.data.train = np.memmap(corpus / "train.bin", dtype="<u2", mode="r")  # a large corpus
+    assert torch.equal(nano.bigrams(run), found)
     run.data.vocab_size = 50257
     assert nano.bigrams(run) is None
 
@@ -692,7 +695,8 @@ def test_a_run_of_the_script(corpus, tmp_path):
 def test_every_number_of_the_evaluation_is_what_its_name_says(corpus, tmp_path, monkeypatch, flags):
     """Recomputed from maps.pt and best.pt with nothing of the script but the model, its parts' maps and the text of the fit."""
     out = tmp_path / "out"
-    hows = []
+    hows, made, decoder = [], [], nano.Decoder
+    monkeypatch.setattr(nano, "Decoder", lambda *args, **kwargs: made.append(kwargs) or decoder(*args, **kwargs))
     speed = lambda decoders, idx, n: [hows.append([d().layers, d().lam, d().kv, d().maps is None]) or (100.0 + i, i) for i, d in enumerate(decoders)]
     monkeypatch.setattr(nano, "timed", speed)
     results = nano.main([*SMALL, "--n_layer", "3", "--block_size", "16", "--max_iters", "40", "--dataset", str(corpus), "--out_dir", str(out), "--fit_tokens", "3000",
@@ -774,6 +778,7 @@ def test_every_number_of_the_evaluation_is_what_its_name_says(corpus, tmp_path, 
                     assert g["agreement"] == pytest.approx(sum(agree) / len(agree), abs=0.01) and g["layers_true_text"] == pytest.approx(sum(gone) / len(gone), abs=0.02)
                     assert g["speedup"] == pytest.approx(g["tokens_per_second"] / 100)
         assert len(e["generation"]) == 9 and e["generation"][0]["agreement"] == 1
+        assert [k["kv"] for k in made if "rows" in k] == [g["kv"] for g in e["generation"] for _ in range(5)], "5 batches of true text for each"
         parts = nano.fit_parts(run, model, nano.fit_batches(run))
         for name, names in nano.PARTS.items():
             for l in range(L):
@@ -876,7 +881,8 @@ def test_the_evaluation_is_without_dropout(run):
     run.settings.dropout, run.settings.fit_tokens, run.settings.eval_tokens = 0.5, 500, 256
     torch.manual_seed(0)
     model = nano.GPT(run.settings)
-    a, b = (nano.evaluate_arm(run, "technique", mode) for mode in (model.train(), model.eval()))
+    a = nano.evaluate_arm(run, "technique", model.train())
+    b = nano.evaluate_arm(run, "technique", model.eval())
     assert a["precision"] == b["precision"] and a["r2"] == b["r2"] and a["submodules"] == b["submodules"]
 
 
