@@ -141,10 +141,10 @@ class Settings:
     fit_tokens: int = flag(200_000, "training tokens whose states the maps are fitted to (at most all there are)", least=1, free=True)
     fit_positions: str = flag("all", "positions of a window to fit to: all, or one that is drawn, as in the paper",
                               choices=("all", "one"), free=True)
-    ridge: float = flag(0.0, "penalty on the squares of the maps' entries, in units of a channel's mean square", least=0.0, free=True)
+    ridge: float = flag(0.0, "penalty on the squares of the maps' entries, in units of a channel's mean square", least=0.0, most=1e6, free=True)
     affine: bool = flag(False, "maps from layer to layer have a bias", free=True)
     exit_layer: int = flag(-1, "in the sample, within the context, tokens leave after this layer (-1: where the model is confident)", least=-1, free=True)
-    exit_threshold: float = flag(0.8, "lambda of that confidence; above 10/9 no token leaves early", free=True)
+    exit_threshold: float = flag(0.8, "lambda of that confidence; above 10/9 no token leaves early", least=-10.0, most=10.0, free=True)
     kv: str = flag("mat", "a layer that a token skips gets its key and value from the state where it left (copy) or from the maps (mat)",
                    choices=("copy", "mat"), free=True)
 
@@ -157,7 +157,7 @@ class Settings:
                      choices=("auto", "tiny", "char", "gpt2"))
     dataset: str = flag("auto", "shakespeare_char, shakespeare, openwebtext, stdlib, or a folder that data/prepare.py made")
     out_dir: str = flag("auto", "where results, checkpoints and logs go; auto: out/ and the script's name", free=True)
-    compare: bool = flag(False, "also train the dense twin and the other arms, on the same data and budget", free=True)
+    compare: bool = flag(False, "also train or measure what the technique is compared with, on the same data and budget", free=True)
     seed: int = flag(1337, "decides initial weights, data order and every draw", least=0)
     resume: bool = flag(False, "go on from the checkpoints in out_dir", free=True)
     eval_only: bool = flag(False, "evaluate best.pt in out_dir, without training", free=True)
@@ -213,11 +213,9 @@ class Settings:
             vars(self).update(found, max_iters=0, compile="off", batch_size=rows, dataset=dataset if self.dataset == "auto" else self.dataset)
         if self.exit_layer == 0 or self.exit_layer > self.n_layer:
             raise UserError(f"--exit_layer {self.exit_layer} is no layer to leave after: use 1 to {self.n_layer}, or -1")
-        if not math.isfinite(self.ridge + self.exit_threshold):
-            raise UserError("--ridge and --exit_threshold must be finite")
-        if self.fit_tokens < self.n_embd + self.affine:
+        if self.fit_tokens < unknowns(self):
             raise UserError(f"--fit_tokens {self.fit_tokens} are fewer equations than a map has unknowns in a column: "
-                            f"use {self.n_embd + self.affine} or more")
+                            f"use {unknowns(self)} or more")
 
 
 # ==== shared: command line
@@ -299,8 +297,8 @@ def pick_device(name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def place(i, C):
-    """Where h_i lies in a row r = [1, h_0, .., h_L]."""
-    return slice(1 + i * C, 1 + (i + 1) * C)
+    """Where h_i lies in a row r = [1, h_0, .., h_L]: its columns."""
+    return list(range(1 + i * C, 1 + (i + 1) * C))
 
 
 def add_moments(S, states):
@@ -330,9 +328,9 @@ def fit(S, C, ridge=0.0, affine=False, dtype=torch.float32):
     paper. One eigendecomposition serves a layer's maps to all layers above."""
     L, maps = (len(S) - 1) // C - 1, {}
     for i in range(L):
-        x = [0] * affine + list(range(1 + i * C, 1 + (i + 1) * C))
+        x = [0] * affine + place(i, C)
         rows = S[x]                                                                              # (C or 1+C, 1+(L+1)C)
-        W = least_squares(rows[:, x], rows[:, place(i, C).stop:], ridge, affine).to(dtype)
+        W = least_squares(rows[:, x], rows[:, 1 + (i + 1) * C:], ridge, affine).to(dtype)        # to all later layers
         for j, W_ij in enumerate(W.split(C, 1), i + 1):
             maps[i, j] = W_ij[affine:].clone(), W_ij[0].clone() if affine else W_ij.new_zeros(C)
     return maps
@@ -344,7 +342,7 @@ def explained(S, C, i, j, A, a):
     Without any state, with x = [1, h_i] and W = [a; A]:
     SSE_c = sum_n (x_n W_c - y_nc)^2 = W_c^T (x^T x) W_c - 2 W_c^T (x^T y_c) + y_c^T y_c. Channels that do not vary are left out of the mean.
     """
-    x, y = [0, *range(1 + i * C, 1 + (i + 1) * C)], place(j, C)
+    x, y = [0, *place(i, C)], slice(1 + j * C, 1 + (j + 1) * C)
     W = torch.cat([a[None], A]).to(S.device).to(S.dtype)                                         # (1+C, C)
     squares = S[y, y].diagonal()
     SSE = (W * (S[x][:, x] @ W - 2 * S[x, y])).sum(0) + squares
@@ -511,7 +509,7 @@ class Decoder:
     maps: from fit, or None for the logit lens. layers: after which tokens may leave. lam: they do with a confidence above
     threshold(lam), which -inf makes "always". kv: a skipped layer j gets keys and values from the state h_l where the token left ("copy",
     as in CALM) or from what the maps say of its own input, h_l A_lj ("mat"). The cache is for rows sequences of up to block_size tokens.
-    A prompt goes through all layers, and so does the last window of a text that is longer than block_size, without a cache.
+    A prompt goes through all layers. Beyond block_size nothing is cached and no token leaves.
     """
 
     def __init__(self, model, maps=None, layers=(), lam=-math.inf, kv="copy", rows=1):
@@ -525,14 +523,14 @@ class Decoder:
         """Tokens (B, n) at positions start, start+1, .. -> logits (B, n, vocab) and how many layers each one went through, (B, n).
 
         n = 1 goes on from the cache; start = 0 takes a whole text at once, with the same result as token by token: a layer needs
-        nothing of earlier tokens but that layer's keys and values, whether they were there in time or not.
+        nothing of earlier tokens but that layer's keys and values, and a token that leaves fills those in at once.
         """
         model, L, stop = self.model, len(self.model.h), start + idx.size(1)
         assert start == 0 or idx.size(1) == 1
         x = model.wte(idx) + model.wpe.weight[start:stop]  # (B, n, C): h_l, and of tokens that left the state where they did
         bar = threshold(self.lam, torch.arange(start, stop, device=idx.device), (model.block_size + 1) / 2)
         heads = lambda y: y.unflatten(-1, (model.h[0].attn.n_head, -1)).transpose(1, 2)
-        through, logits, staying = torch.full_like(idx, L), None, idx.numel()
+        through, stays, staying, logits = torch.full_like(idx, L), None, idx.numel(), None
         for l, block in enumerate(model.h):
             if leave and staying and l in self.layers:
                 reading = model.read_out(jump(x, self.maps, l, L))[0]
@@ -611,7 +609,7 @@ def saved_model(source):
     """The content of a checkpoint of this script."""
     try:
         saved = torch.load(source, map_location="cpu", weights_only=True)
-        script, _ = saved["script"], saved["settings"]
+        script = saved["script"]
     except FileNotFoundError:
         raise UserError(f"--init_from {source}: there is no such file; use scratch, gpt2, gpt2-medium, a checkpoint or a folder")
     except Exception as e:  # a file that is no checkpoint can make torch.load raise almost anything
@@ -626,7 +624,8 @@ def model_weights(source):
     if source not in PUBLISHED and not Path(source).is_dir():
         return saved_model(source)["model"]
     state = from_transformers("GPT2LMHeadModel", source).transformer.state_dict()
-    state = {name: w.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w for name, w in state.items()}
+    state = {name: w.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w for name, w in state.items()
+             if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the mask, in older versions
     for name in [name for name in state if ".c_attn." in name]:
         state.update(zip((name.replace("c_attn", f"c_{x}") for x in "qkv"), state.pop(name).chunk(3)))
     return {name: w.float() for name, w in state.items()}
@@ -1063,8 +1062,8 @@ def load_data(s, device):
                             "use another --dataset")
         data.weights = model_weights(s.init_from)
     states = len(data.windows("train")) * positions(s)
-    if states < s.n_embd + s.affine:
-        raise UserError(f"--fit_positions {s.fit_positions} finds {states} states in {data.name} to fit {s.n_embd} dimensions: "
+    if states < unknowns(s):
+        raise UserError(f"--fit_positions {s.fit_positions} finds {states} states in {data.name} to fit {unknowns(s)} unknowns: "
                         "use --fit_positions all, or more text")
     if len(data.windows("val", s.eval_tokens)) < 2:
         raise UserError(f"{data.name} is too short to pick lambda on one part and report on another: use a smaller --block_size, "
@@ -1077,6 +1076,11 @@ def positions(s):
     return s.block_size if s.fit_positions == "all" else 1
 
 
+def unknowns(s):
+    """In a column of a map."""
+    return s.n_embd + (s.affine or s.compare)
+
+
 def train_arm(run, arm, model):
     s = run.settings
     if s.init_from != "scratch" and not (run.out / arm / "ckpt.pt").exists():
@@ -1086,7 +1090,7 @@ def train_arm(run, arm, model):
 
 
 def batches(run, split, starts):
-    """Inputs and targets (rows, T) of these windows, so few at a time that states and logits are 2^24 numbers each, or one window's."""
+    """Inputs and targets (rows, T) of these windows, at most batch_size, and so few that states and logits are 2^24 numbers each, or one."""
     s = run.settings
     rows = max(1, min(s.batch_size, 2**24 // (s.block_size * max(s.vocab_size, 1 + (s.n_layer + 1) * s.n_embd))))
     for at in range(0, len(starts), rows):
@@ -1127,10 +1131,10 @@ def fit_parts(run, model, stream):
     """The best linear maps of every layer's ln_1, attn, ln_2 and mlp, from what goes in to what comes out: [{name: (C, C)}] * L."""
     C, device = model.wte.embedding_dim, "cpu" if run.device.type == "mps" else run.device
     names = ("ln_1", "attn", "ln_2", "mlp")
-    moments = [{name: torch.zeros(2, C, C, dtype=torch.float64, device=device) for name in names} for _ in model.h]
+    found = [{name: torch.zeros(2, C, C, dtype=torch.float64, device=device) for name in names} for _ in model.h]
     for idx, used in stream:
         x = model.embed(idx)
-        for block, sums in zip(model.h, moments):
+        for block, sums in zip(model.h, found):
             a = block.ln_1(x)
             b = block.attn(a)
             c = block.ln_2(x + b)
@@ -1141,7 +1145,7 @@ def fit_parts(run, model, stream):
                 sums[name][1].addmm_(before.T, after)
             x = x + b + d
     return [{name: least_squares(G, XY, run.settings.ridge).float().to(run.device) for name, (G, XY) in sums.items()}
-            for sums in moments]
+            for sums in found]
 
 
 METRICS = ("p1", "p5", "p10", "surprisal", "kl", "gold_loss", "confidence")
@@ -1167,7 +1171,7 @@ def measure(run, model, starts, lenses, parts=()):
     """
     L = len(model.h)
     means = {name: torch.zeros(L + 1, 7, dtype=torch.float64) for name in lenses}
-    means |= {name: torch.zeros(L, 7, dtype=torch.float64) for name in parts and PARTS}
+    means |= {name: torch.zeros(L, 7, dtype=torch.float64) for name in (PARTS if parts else ())}
     kept = {name: [] for name in lenses}
     for x, y in batches(run, "val", starts):
         states = model.states(x)
@@ -1176,7 +1180,7 @@ def measure(run, model, starts, lenses, parts=()):
             found = torch.stack([against(lens(x, h, l), full, y) for l, h in enumerate(states)])  # (L+1, 7, n)
             means[name] += found.sum(-1).cpu()
             kept[name].append(found[:, [METRICS.index("p1"), METRICS.index("confidence")]].transpose(0, 1).cpu())
-        for name in parts and PARTS:
+        for name in PARTS if parts else ():
             for l, h in enumerate(states[:-1]):  # layers up to l are real, in those above the part is a map, at all positions
                 for block, maps in zip(model.h[l:], parts[l:]):
                     h = block(h, {part: maps[part] for part in PARTS[name]})
@@ -1202,9 +1206,9 @@ def frontier(same, sure, t, lams, N, layers=None):
 
 
 def saved_flops(s, through, mapped):
-    """Share of a forward pass's FLOPs that leaving saves: a layer has 24 C^2 + 4 C T, a head 2 V C, a map 2 C^2. Charged are a map and
-    a head at every layer that the token could have left after, from 1 to L-1, and the keys and values that it owes to each skipped
-    layer, 4 C^2 (by copy). through: layers gone through (n,)."""
+    """Share of a forward pass's FLOPs that leaving saves: a layer has 24 C^2 + 4 C T (the square in full), a head 2 V C, a map 2 C^2.
+    Charged are a map and a head at every layer that the token could have left after, from 1 to L-1, and the keys and values that it
+    owes to each skipped layer, 4 C^2 (by copy). through: layers gone through (n,)."""
     C, L, l = s.n_embd, s.n_layer, through.double()
     layer, head = 24 * C ** 2 + 4 * C * s.block_size, 2 * s.vocab_size * C
     spent = l * layer + (L - l) * 4 * C ** 2 + l.clamp(max=L - 1) * (head + 2 * C ** 2 * mapped) + (l == L) * head
@@ -1225,17 +1229,17 @@ def exits(s, kept):
         half = same.size(1) // T // 2 * T
         first, second = (same[:, :half], sure[:, :half], t[:half]), (same[:, half:], sure[:, half:], t[half:])
 
-        def means(half, lams):
+        def points(text, lams):
             return [(lam, through.double().mean().item(), hit.double().mean().item())
-                    for lam, (through, hit) in zip(lams, frontier(*half, lams, N))]
+                    for lam, (through, hit) in zip(lams, frontier(*text, lams, N))]
 
         found["curve"][name] = [dict(threshold=lam, layers=layers, agreement=agreement)
-                                for lam, layers, agreement in means(second, [-NEVER, *(i / 10 for i in range(11)), NEVER])]
+                                for lam, layers, agreement in points(second, [-NEVER, *(i / 10 for i in range(11)), NEVER])]
         bounds = ((first[1][1:L] - threshold(0.0, first[2], N)) / 0.9).flatten().sort().values   # a lambda below it lets the token go
-        lams = bounds[torch.linspace(0, len(bounds) - 1, 401).long()].tolist() if L > 1 else []
-        tried = means(first, [*lams, NEVER])
+        lams = bounds[torch.linspace(0, len(bounds) - 1, 401, dtype=torch.float64).long()].tolist() if L > 1 else []
+        tried = points(first, [*lams, NEVER])
         for target in TARGETS:
-            lam = min((layers, agreement, lam) for lam, layers, agreement in tried if agreement >= target)[-1]
+            lam = min((layers, -agreement, lam) for lam, layers, agreement in tried if agreement >= target)[-1]
             through, hit = next(frontier(*second, [lam], N))
             found["at"][str(target)][name] = dict(threshold=lam, agreement=hit.double().mean().item(),
                                                   layers_saved=1 - through.double().mean().item() / L,
@@ -1249,25 +1253,24 @@ def generation(run, model, maps, starts, kept):
     often its first choice is the full model's where true text is read, with the cache that generation has and with exact context."""
     s, L, T = run.settings, len(model.h), run.settings.block_size
     fixed, lam, every = s.exit_layer if 0 < s.exit_layer < L else max(1, 2 * L // 3), s.exit_threshold, range(1, L)
-    ways = [("full", "", "", None, (), NEVER)]  # method, what it is called, keys and values, maps, layers, lambda
-    for exit, layers, bar in (f"after layer {fixed}", (fixed,), -math.inf), (f"lambda {lam:g}", every, lam):
-        ways += [("id", exit, "copy", None, layers, bar), ("mat", exit, "copy", maps, layers, bar), ("mat", exit, "mat", maps, layers, bar)]
-    ways += [("mat", f"lambda {lam:g}, layer {fixed} only", "mat", maps, (fixed,), lam),
-             ("mat", f"lambda {NEVER}: never", "mat", maps, every, NEVER)]
+    ways = [("full", "", "", None, (), NEVER)]  # method, when tokens leave, keys and values; maps, layers and lambda for Decoder
+    for when, layers, bar in (f"after layer {fixed}", (fixed,), -math.inf), (f"lambda {lam:g}", every, lam):
+        ways += [("id", when, "copy", None, layers, bar), ("mat", when, "copy", maps, layers, bar), ("mat", when, "mat", maps, layers, bar)]
+    ways += [("mat", f"lambda {lam:g}, layer {fixed} only", "mat", maps, (fixed,), lam), ("mat", "never", "mat", maps, every, NEVER)]
 
     some = slice(len(starts) // 2, len(starts) // 2 + max(1, 2**14 // T))
-    idx = run.data.rows("val", starts[some][:1])[0][:, :max(1, T // 8)]
-    speed = timed([lambda how=how: Decoder(model, *how[3:], kv=how[2]) for how in ways], idx, min(T - idx.size(1), 64))
+    idx = run.data.rows("val", starts[some][:1])[0][:, :max(min(2, T - 1), T // 8)]
+    speed = timed([lambda way=way: Decoder(model, *way[3:], kv=way[2]) for way in ways], idx, min(T - idx.size(1), 64))
     found = []
-    for (method, exit, kv, *how), (rate, layers) in zip(ways, speed):
+    for (method, when, kv, jumps, layers, bar), (rate, depth) in zip(ways, speed):
         agree, through = [], []
         for x, _ in batches(run, "val", starts[some]):
-            logits, gone = Decoder(model, *how, kv=kv, rows=len(x)).run(x)
+            logits, gone = Decoder(model, jumps, layers, bar, kv, rows=len(x)).run(x)
             agree.append(logits.argmax(-1) == model(x)[0].argmax(-1))
             through.append(gone)
         same, sure = kept["id" if method == "full" else method][:, :, some.start * T:some.stop * T]
-        _, exact = next(frontier(same, sure, torch.arange(T).repeat(same.size(1) // T), [how[2]], (T + 1) / 2, how[1]))
-        found.append(dict(method=method, exit=exit, kv=kv, tokens_per_second=rate, speedup=rate / speed[0][0], layers=layers,
+        _, exact = next(frontier(same, sure, torch.arange(T).repeat(same.size(1) // T), [bar], (T + 1) / 2, layers))
+        found.append(dict(method=method, exit=when, kv=kv, tokens_per_second=rate, speedup=rate / speed[0][0], layers=depth,
                           layers_true_text=torch.cat(through).float().mean().item(), agreement=torch.cat(agree).float().mean().item(),
                           agreement_exact_context=exact.mean().item()))
     return found
@@ -1367,14 +1370,14 @@ def evaluate_arm(run, arm, model):
     means, kept = measure(run, model, starts, lenses, parts)
     by_layer = lambda name, metric: means[name][:1 if name == "bigrams" else None, METRICS.index(metric)].tolist()
     precision = lambda name: {k: by_layer(name, f"p{k}") for k in ("1", "5", "10")}
-    exit = exits(s, kept)
+    early = exits(s, kept)
     return dict(fit=dict(states=states, seconds=seconds, positions=s.fit_positions, ridge=s.ridge, affine=s.affine),
                 r2={name: [[pair[0] for pair in row] for row in rows] for name, rows in r2.items()},
                 r2_global={name: [[pair[1] for pair in row] for row in rows] for name, rows in r2.items()},
                 precision={name: precision(name) for name in lenses},
                 **{metric: {name: by_layer(name, metric) for name in lenses} for metric in ("surprisal", "kl", "gold_loss")},
-                layers_saved={target: {name: e["layers_saved"] for name, e in row.items()} for target, row in exit["at"].items()},
-                exit=exit, submodules={name: dict(precision=precision(name), surprisal=by_layer(name, "surprisal")) for name in PARTS},
+                layers_saved={target: {name: e["layers_saved"] for name, e in row.items()} for target, row in early["at"].items()},
+                exit=early, submodules={name: dict(precision=precision(name), surprisal=by_layer(name, "surprisal")) for name in PARTS},
                 generation=generation(run, model, maps, starts, kept) if L > 1 else [],
                 first_choices=first_choices(run, model, maps, starts[len(starts) // 2]))
 
@@ -1400,18 +1403,18 @@ def report(run, arms, model):
     rows = [["agreement wanted, %", *(f"{head} {name}" for head in ("agreement", "layers saved", "FLOPs saved") for name in ("id", "mat"))]]
     rows += [[percent(float(target)), *(percent(found[name][k]) for k in ("agreement", "layers_saved", "flops_saved") for name in ("id", "mat"))]
              for target, found in e["exit"]["at"].items()]
-    print("Early exit with exact context, lambda from the other half of the text, % (FLOPs: with maps and heads):", table(rows), sep="\n")
+    print("Early exit with exact context, lambda from the other half of the text, % (FLOPs: with all that leaving costs):", table(rows), sep="\n")
     rows = [["real layers", "whole blocks (mat)", *PARTS]]
     rows += [[str(l), percent(e["precision"]["mat"]["1"][l]), *(percent(e["submodules"][name]["precision"]["1"][l]) for name in PARTS)]
              for l in range(L)]
     print("\nP@1 with a part of all layers above made linear, %:", table(rows), sep="\n")
     if e["generation"]:
-        rows = [["generation, float32", "leaves", "keys, values", "tokens/s", "ratio", "layers", "agreement, %", "with exact context"]]
+        rows = [["generation, float32", "leaves", "keys, values", "tokens/s", "speed", "layers", "agreement on text, %", "with exact context"]]
         rows += [[g["method"], g["exit"], g["kv"], g["tokens_per_second"], f"{g['speedup']:.2f}x", f"{g['layers']:.2f}",
                   percent(g["agreement"]), percent(g["agreement_exact_context"])] for g in e["generation"]]
         print("\n" + table(rows))
     first = e["first_choices"]
-    rows = [["text", *first["text"]], *([f"{l} {name}", *first[name][l]] for name in ("id", "mat") for l in range(L)),
+    rows = [["after", *first["text"]], *([f"{l} {name}", *first[name][l]] for name in ("id", "mat") for l in range(L)),
             ["full model", *first["mat"][L]]]
     print("\nThe next token, as each layer would have it:", table(rows), sep="\n")
     picture(run, e)
@@ -1425,23 +1428,25 @@ def report(run, arms, model):
 
 
 def picture(run, e):
-    """out/jump.png: r^2 of all pairs, and Precision@1 by layer; nothing without matplotlib."""
+    """out/jump.png: r^2 of all pairs (below 0 as 0), Precision@1 by layer, early exit with exact context; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:  # an extra
         return
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    *maps, curves = figure.subplots(1, 3)
+    figure, n = Figure(figsize=(13, 3.2), layout="constrained"), len(e["r2"]["id"])
+    *maps, precision, curve = figure.subplots(1, 4)
     for name, axes in zip(("id", "mat"), maps):
         shown = axes.imshow([[math.nan if v is None else v for v in row[1:]] for row in e["r2"][name][:-1]], vmin=0, vmax=1,
-                            extent=(0.5, len(e["r2"][name]) - 0.5, len(e["r2"][name]) - 1.5, -0.5))
+                            extent=(0.5, n - 0.5, n - 1.5, -0.5))
         axes.set(title=f"r² of {name}", xlabel="to layer", ylabel="from layer")
+        curve.plot(*zip(*((point["layers"], point["agreement"]) for point in e["exit"]["curve"][name])), ".-", label=name)
     figure.colorbar(shown, ax=maps)
     for name, row in e["precision"].items():
         if name != "bigrams":
-            curves.plot(row["1"], label=name)
-    curves.set(title="Precision@1", xlabel="layer", ylim=(0, 1))
-    curves.legend()
+            precision.plot(row["1"], "--" if name == "affine" else "-", label=name)
+    precision.set(title="Precision@1", xlabel="layer", ylim=(0, 1))
+    curve.set(title="early exit", xlabel="layers gone through", ylabel="agreement with the full model")
+    precision.legend(), curve.legend()
     figure.savefig(run.out / "jump.png", dpi=100)
 
 

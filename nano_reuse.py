@@ -152,7 +152,7 @@ class Settings:
                      choices=("auto", "tiny", "char", "gpt2"))
     dataset: str = flag("auto", "shakespeare_char, shakespeare, openwebtext, stdlib, or a folder that data/prepare.py made")
     out_dir: str = flag("auto", "where results, checkpoints and logs go; auto: out/ and the script's name", free=True)
-    compare: bool = flag(False, "also train the dense twin and the other arms, on the same data and budget", free=True)
+    compare: bool = flag(False, "also train or measure what the technique is compared with, on the same data and budget", free=True)
     seed: int = flag(1337, "decides initial weights, data order and every draw", least=0)
     resume: bool = flag(False, "go on from the checkpoints in out_dir", free=True)
     eval_only: bool = flag(False, "evaluate best.pt in out_dir, without training", free=True)

@@ -70,7 +70,7 @@ def exits(name, scale=100):
 
 
 def ways(e):
-    return {" ".join(filter(None, (g["method"], g["exit"], g["kv"]))): g for g in e["generation"]}
+    return {", ".join(filter(None, (g["method"], g["exit"], g["kv"] and f"kv {g['kv']}"))): g for g in e["generation"]}
 
 
 GRIDS = {
@@ -82,13 +82,13 @@ GRIDS = {
          {"": lambda e, row: {**{f"P@{k}, %": 100 * v[0] for k, v in e["precision"]["bigrams"].items()},
                               **{name: e[key]["bigrams"][0] for name, key in (("surprisal", "surprisal"), ("KL", "kl"), ("loss on the text", "gold_loss"))}}[row]}),
         *((f"{title}, %, at the agreement of", lambda e: list(e["exit"]["at"]), exits(name)) for title, name in
-          (("layers saved", "layers_saved"), ("FLOPs saved, with maps and heads", "flops_saved"), ("agreement found on the other half", "agreement"))),
+          (("layers saved", "layers_saved"), ("FLOPs saved", "flops_saved"), ("agreement found on the other half", "agreement"))),
         ("P@1, %, with parts made linear above layer", layers, {"whole blocks (mat)": lambda e, l: 100 * e["precision"]["mat"]["1"][l],
                                                               **{part: lambda e, l, part=part: 100 * e["submodules"][part]["precision"]["1"][l]
                                                                  for part in ("attention", "feed-forward", "both LayerNorms")}}),
         ("generation", lambda e: list(ways(e)), {"speed, of full": lambda e, way: ways(e)[way]["speedup"], "layers": lambda e, way: ways(e)[way]["layers"],
-                                                "layers on true text": lambda e, way: ways(e)[way]["layers_true_text"],
-                                                "agreement there, %": lambda e, way: 100 * ways(e)[way]["agreement"],
+                                                "layers on text": lambda e, way: ways(e)[way]["layers_true_text"],
+                                                "agreement on text, %": lambda e, way: 100 * ways(e)[way]["agreement"],
                                                 "with exact context, %": lambda e, way: 100 * ways(e)[way]["agreement_exact_context"]})],
 }
 
