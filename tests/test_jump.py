@@ -314,6 +314,11 @@ def test_exits_with_exact_context_literally():
             assert left[i] == expected and hit[i] == same[expected, i]
         means.append(left.float().mean().item())
     assert means == sorted(means) and means[0] == 1 and means[-1] == L
+    for layers in ((), (3,), (2, 4)):
+        left, hit = next(nano.frontier(same, sure, t, [0.3], N, layers))
+        for i in range(n):
+            expected = next((l for l in layers if sure[l, i] > 0.9 * 0.3 + 0.1 * math.exp(-4 * (i % 16) / N)), L)
+            assert left[i] == expected and hit[i] == same[expected, i]
 
 
 def test_the_threshold_is_picked_on_one_half_and_reported_on_the_other():
