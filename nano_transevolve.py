@@ -70,7 +70,7 @@ nats; x86-64 CPU, 1 thread, float32, torch 2.13.0 (README has the whole tables a
   - A language model gains nothing from evolution: the same model without it is level (-0.002 ± 0.009), and both are a
     little behind the dense twin, with 2 products Q K^T instead of 6.
   - As an encoder, on ListOps, it is ahead of both twins in every seed, as the paper says of encoder-only tasks. So it is
-    without evolution, whose own share is -0.014 ± 0.016: there it helps that the layers of a block share their maps.
+    without evolution, whose own share is -0.014 ± 0.016: something else in the model helps there.
   - Random feed-forward parts are 0.065 ± 0.005 behind a narrow GPT-2 with as few weights, at 2.7 times its FLOPs.
   - The biases are used where they are trained: set to 0 they cost 0.097 ± 0.012 on text, and ListOps falls to 49.6 ± 2.7 %.
 

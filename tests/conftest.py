@@ -43,3 +43,25 @@ def refused(main, capsys, argv, *words):
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert end.value.code == 1 and len(lines) == 1 and "Traceback" not in error, error
     assert all(word in lines[0] for word in words), (words, lines[0])
+
+
+def killed_and_resumed(nano, monkeypatch, folder, argv, again):
+    """A run of 20 steps with checkpoints every 10, and the same one killed in step 15 and resumed with the flags again: their technique
+    arms, whose losses must be the same. The resumed one trains from the checkpoint on, not from the beginning."""
+    whole = nano.main([*argv, "--out_dir", str(folder / "whole")])["arms"]["technique"]
+    batch, steps = nano.Data.batch, []
+
+    def killed(data, step, turn):
+        if step == 15:
+            raise KeyboardInterrupt("killed")
+        return batch(data, step, turn)
+
+    monkeypatch.setattr(nano.Data, "batch", killed)
+    with pytest.raises(SystemExit):
+        nano.main([*argv, "--out_dir", str(folder / "killed")])
+    monkeypatch.setattr(nano.Data, "batch", lambda data, step, turn: steps.append(step) or batch(data, step, turn))
+    resumed = nano.main(["--resume", "--device", "cpu", "--sample_tokens", "8", *again, "--out_dir", str(folder / "killed")])["arms"]["technique"]
+    assert steps == list(range(10, 20))
+    for name in ("val_loss", "best_val_loss", "train_loss", "parameters"):
+        assert whole[name] == resumed[name]
+    return whole, resumed

@@ -2,7 +2,6 @@
 
 python -m pytest tests/test_jump.py
 """
-import dataclasses
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, refused
+from conftest import ROOT, SMALL, killed_and_resumed, refused
 from torch.utils.flop_counter import FlopCounterMode
 
 import nano_jump as nano
@@ -522,7 +521,7 @@ def test_linear_parts_literally(run):
             for l in range(3):
                 h = model.states(x)[l]
                 for depth in range(l, 3):
-                    block, f = model.h[depth], lambda part, z: z @ parts[depth][part] if part in linear else getattr(model.h[depth], part)(z)
+                    f = lambda part, z: z @ parts[depth][part] if part in linear else getattr(model.h[depth], part)(z)
                     h = h + f("attn", f("ln_1", h))
                     h = h + f("mlp", f("ln_2", h))
                 expected = nano.against(F.linear(model.ln_f(h), model.wte.weight), full, y).double().mean(-1)
@@ -892,33 +891,9 @@ def test_the_evaluation_is_without_dropout(run):
 
 
 def test_resume_goes_on_with_the_same_losses(small, tmp_path, monkeypatch):
-    argv = [*small, "--fit_tokens", "1000"]
-    out = lambda name: ["--out_dir", str(tmp_path / name)]
-    whole = nano.main([*argv, *out("a")])["arms"]["technique"]
-    real = nano.train
-
-    def killed(run, arm, model, *more):
-        batch = run.data.batch
-
-        def stop(step, turn):
-            if step == 15:
-                raise KeyboardInterrupt("killed")
-            return batch(step, turn)
-
-        run.data.batch = stop
-        return real(run, arm, model, *more)
-
-    monkeypatch.setattr(nano, "train", killed)
-    with pytest.raises(SystemExit):
-        nano.main([*argv, *out("b")])
-    monkeypatch.setattr(nano, "train", real)
-    steps, batch = [], nano.Data.batch
-    monkeypatch.setattr(nano.Data, "batch", lambda data, step, turn: steps.append(step) or batch(data, step, turn))
-    again = nano.main(["--resume", "--device", "cpu", "--sample_tokens", "8", "--fit_tokens", "1000", *out("b")])["arms"]["technique"]
-    same = ("val_loss", "best_val_loss", "train_loss", "parameters")
-    assert {k: whole[k] for k in same} == {k: again[k] for k in same}
-    assert steps == list(range(10, 20)), "from the checkpoint on, not from the beginning"
-    assert whole["evaluation"]["r2"] == again["evaluation"]["r2"]
+    fit = ["--fit_tokens", "1000"]
+    whole, resumed = killed_and_resumed(nano, monkeypatch, tmp_path, [*small, *fit], fit)
+    assert whole["evaluation"]["r2"] == resumed["evaluation"]["r2"]
 
 
 def test_counted_flops_equal_the_formula():

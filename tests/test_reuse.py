@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, refused
+from conftest import ROOT, SMALL, killed_and_resumed, refused
 from torch.utils.flop_counter import FlopCounterMode
 
 import nano_reuse as nano
@@ -516,34 +516,9 @@ def test_the_similarity_is_drawn(run, tmp_path, capsys):
 
 
 def test_resume_goes_on_with_the_same_losses(small, tmp_path, monkeypatch):
-    argv = [*small, "--reuse_heads", "1", "--similarity_windows", "2"]
-    out = lambda name: ["--out_dir", str(tmp_path / name)]
-    whole = nano.main([*argv, *out("a")])["arms"]["technique"]
-    real = nano.train
-
-    def killed(run, arm, model, *more):
-        seen, batch = [], run.data.batch
-
-        def stop(step, turn):
-            seen.append(step)
-            if len(seen) > 15:
-                raise KeyboardInterrupt("killed")
-            return batch(step, turn)
-
-        run.data.batch = stop
-        return real(run, arm, model, *more)
-
-    monkeypatch.setattr(nano, "train", killed)
-    with pytest.raises(SystemExit):
-        nano.main([*argv, *out("b")])
-    monkeypatch.setattr(nano, "train", real)
-    steps, batch = [], nano.Data.batch
-    monkeypatch.setattr(nano.Data, "batch", lambda data, step, turn: steps.append(step) or batch(data, step, turn))
-    again = nano.main(["--resume", "--device", "cpu", "--sample_tokens", "8", "--similarity_windows", "2", *out("b")])["arms"]["technique"]
-    same = ("val_loss", "best_val_loss", "train_loss", "parameters")
-    assert {k: whole[k] for k in same} == {k: again[k] for k in same}
-    assert steps == list(range(10, 20)), "from the checkpoint on, not from the beginning"
-    assert whole["evaluation"]["similarity"] == again["evaluation"]["similarity"] and whole["evaluation"]["similarity_of"] == "technique"
+    windows = ["--similarity_windows", "2"]
+    whole, resumed = killed_and_resumed(nano, monkeypatch, tmp_path, [*small, "--reuse_heads", "1", *windows], windows)
+    assert whole["evaluation"]["similarity"] == resumed["evaluation"]["similarity"] and whole["evaluation"]["similarity_of"] == "technique"
 
 
 def test_a_validation_split_of_one_window_gets_one_line(corpus, tmp_path, capsys):
