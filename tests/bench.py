@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nano_jump  # noqa: E402
 import nano_mom  # noqa: E402
 import nano_reuse  # noqa: E402
-import nano_ssa as nano  # noqa: E402
+import nano_reuse as nano  # noqa: E402
+import nano_ssa  # noqa: E402
 import nano_transevolve  # noqa: E402
 
 
@@ -63,29 +64,24 @@ def materialised(q, k, v):
     return scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -math.inf).softmax(-1) @ v
 
 
-def blocks(x, path):
-    """(B, H, T, D) -> the sources of each block (N, B*H, w, D); with the identity path, the queries of each block."""
-    B, H, T, D = x.shape
-    return x.index_select(2, path.flatten()).reshape(B * H, *path.shape, D).transpose(0, 1)
+def fused(q, k, v, path):
+    """subsampled_attention by a fused kernel, with blocks in its batch dimension. The query itself is one more key, and its
+    score one more channel: q' = [q_i, q_i.k_i], k' = [k_j, 0], and [0, 1] for that key; with v' = [v_j, 0] and [0, 1] its
+    weight comes out as channel D."""
+    (B, H, T, D), (N, w) = q.shape, path.shape
+    n, spare = -(-T // N), 8 - D % 8  # queries in a block; fused kernels want a multiple of 8 channels
 
+    def blocks(x):  # (B, H, N m, D) -> (N, B H, m, D)
+        return x.flatten(0, 1).unflatten(1, (N, -1)).transpose(0, 1)
 
-def two_sets_of_keys(q, k, v, path):
-    """The same function with every block's own keys beside the drawn ones, of which a query sees only itself: 2w scores."""
-    T, (N, w) = q.size(2), path.shape
-    own = torch.arange(T, device=q.device).view(N, w)
-    mask = torch.cat([path[:, None, :] < own[:, :, None], torch.eye(w, dtype=torch.bool, device=q.device).expand(N, w, w)], -1)[:, None]
-    y = F.scaled_dot_product_attention(blocks(q, own), torch.cat([blocks(k, path), blocks(k, own)], 2),
-                                       torch.cat([blocks(v, path), blocks(v, own)], 2), attn_mask=mask)
-    return y.transpose(0, 1).reshape(q.shape)
-
-
-def materialised_blocks(q, k, v, path):
-    """The same function with the scores of each block written out."""
-    T, D, (N, w) = q.size(2), q.size(3), path.shape
-    own = torch.arange(T, device=q.device).view(N, w)
-    a = (blocks(q, own) @ blocks(k, path).transpose(-1, -2)).masked_fill((path[:, None, :] >= own[:, :, None])[:, None], -math.inf)
-    a = (torch.cat([a, blocks((q * k).sum(-1, keepdim=True), own)], -1) / math.sqrt(D)).softmax(-1)
-    return (a[..., :-1] @ blocks(v, path) + a[..., -1:] * blocks(v, own)).transpose(0, 1).reshape(q.shape)
+    q = F.pad(torch.cat([q, (q * k).sum(-1, keepdim=True)], -1), (0, spare - 1, 0, N * n - T))
+    k_j, v_j = (F.pad(blocks(x.index_select(2, path.flatten().clamp(max=T - 1))), (0, spare, 0, 1)) for x in (k, v))
+    k_j[..., w, D] = v_j[..., w, D] = 1
+    i = torch.arange(N * n, device=q.device).view(N, 1, n, 1)
+    mask = F.pad(path[:, None, None] < i, (0, 1), value=True)
+    o = F.scaled_dot_product_attention(blocks(q), k_j, v_j, mask, scale=D ** -0.5)
+    o = o.transpose(0, 1).reshape(B, H, N * n, -1)[:, :, :T]
+    return o[..., :D] + o[..., D:D + 1] * v
 
 
 def ssa_arms(T, device):
@@ -93,11 +89,10 @@ def ssa_arms(T, device):
     arms = {"materialised": (materialised, T),
             "fused causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), T)}
     for r in (4, 8):
-        path = nano.draw_paths(nano.Settings(n_layer=1, block_size=T, reduction=r), T, "bench")[0].to(device)
+        path = nano_ssa.draw_paths(nano_ssa.Config(n_layer=1, block_size=T, reduction=r), T, "bench")[0].to(device)
         w = path.shape[1]
-        arms[f"SSA r={r}"] = (lambda q, k, v, path=path: nano.subsampled_attention(q, k, v, path), w + 1)
-        arms[f"SSA r={r}, 2w keys"] = (lambda q, k, v, path=path: two_sets_of_keys(q, k, v, path), 2 * w)
-        arms[f"SSA r={r}, materialised"] = (lambda q, k, v, path=path: materialised_blocks(q, k, v, path), w + 1)
+        arms[f"SSA r={r}"] = (lambda q, k, v, path=path: nano_ssa.subsampled_attention(q, k, v, path), w + 1)
+        arms[f"SSA r={r}, fused"] = (lambda q, k, v, path=path: fused(q, k, v, path), w + 1)
     return arms
 
 
@@ -590,7 +585,7 @@ def our_loop(run, model):
 
 def run_of(**settings):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    s = nano.Settings(**{**dict(device=device, ssa="off", dataset="shakespeare_char"), **settings})
+    s = nano.Settings(**{**dict(device=device, reuse_layers=0, dataset="shakespeare_char"), **settings})
     torch_device = nano.pick_device(device)
     run = nano.Run(s, torch_device, *nano.pick_dtype("auto", torch_device), 0, 1, nano.Data(s, torch_device))
     s.vocab_size = run.data.vocab_size

@@ -1,14 +1,13 @@
-"""The tables of README: a script's arms over several seeds, mean and standard deviation.
+"""A script over several seeds, beside its twin: writes tests/results/<script>.md.
 
-    python tests/evidence.py nano_ssa                              # seeds 1, 2, 3 on Shakespeare at the default size
-    python tests/evidence.py nano_ssa --share 0.03                 # on the first 3% of the training text
-    python tests/evidence.py nano_ssa --seeds 1 2 3 4 5 -- --sigma 1    # flags after -- go to the script
-    python tests/evidence.py nano_transevolve --arms technique dense    # not all arms of the comparison
-    python tests/evidence.py nano_jump --other stdlib              # also maps fitted to another text, filtered to the same alphabet
+    python tests/evidence.py ssa                    # seeds 1, 2, 3 at the default size
+    python tests/evidence.py ssa --seeds 1 2 3 4 5
 
-Every run is the script's own `--compare`, in out/evidence/; a run that was interrupted goes on, a finished one is read.
+Every run is the script's own --compare, in out/evidence/. A run that was interrupted goes on, a
+finished one is read. tests/controls.py measures the same checkpoints further.
 """
 import argparse
+import importlib
 import json
 import platform
 import statistics
@@ -20,195 +19,112 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import controls  # noqa: E402
 
-# what a script's table shows: name of the row, key in an arm of results.json (dots go into nested objects and lists), and the
-# arm, where the row is about one only
-COMMON = [("validation loss, last", "val_loss"), ("validation loss, best", "best_val_loss"), ("training loss, last", "train_loss")]
-MODES = [("dense mode", "val_loss_dense_mode"), ("dense mode, best temperature", "val_loss_temperature"),
-         ("one draw", "val_loss_single_draw"), *((f"ensemble of {k}", f"ensemble.{k}") for k in (2, 4, 8, 16)),
-         ("top-1, dense mode", "top1_dense_mode"), ("top-1, ensemble of 16", "ensemble_top1.16")]
-MAPS = [("trained", "trained"), ("random queries and keys", "random"), ("another sequence", "other_sequence"), ("before training", "untrained")]
-COPIES = [("loss on a part of the validation split", "none"), *((f"with layer {i + 1} using the maps of layer {i}", f"identity.{i}") for i in range(5)),
-          *((f"the same, each head its best match, layer {i + 1}", f"best_match.{i}") for i in range(5)),
-          ("with all that reuse using those of layer 0", "all_identity"), ("the same, each head its best match", "all_best_match")]
-LOSSES = [("all modules", "none"), ("without the less used half of attention", "half_attention"), ("without the least used quarter of feed-forward", "quarter_ffn"),
-          ("without both", "both"), ("without all attention modules", "all_attention"), ("without all feed-forward modules", "all_ffn"), *((f"without {kind}{i} alone", f"{kind}{i}") for kind in "AF" for i in range(4))]
-ROWS = {
-    "nano_mom": [("parameters", "parameters"), *COMMON, ("graph depth", "evaluation.graph_depth"),
-                 ("training FLOPs a token, real picks", "evaluation.flops_per_token"), ("KV bytes a token", "evaluation.kv_bytes_per_token"),
-                 ("picks that are SKIP, attention", "evaluation.skip_rate_attention"), ("picks that are SKIP, feed-forward", "evaluation.skip_rate_ffn"),
-                 ("distinct paths", "evaluation.distinct_paths"), ("tokens that skip attention, round 1", "evaluation.attention_to_skip.0.tokens"),
-                 ("attention that goes to them, round 1", "evaluation.attention_to_skip.0.attention"), *((name, f"evaluation.loss_without_modules.{key}") for name, key in LOSSES)],
-    "nano_ssa": [*COMMON, *((f"{when}: {name}", f"evaluation.{where}{key}") for name, key in MODES for when, where in
-                            (("before fine-tuning", "before_finetune."), ("last weights", "last."), ("best weights", "")))],
-    "nano_transevolve": [("parameters without embeddings", "parameters_non_embedding"), ("training FLOPs a token", "flops_per_token"), *COMMON,
-                         ("accuracy, best weights", "evaluation.accuracy"), ("products Q K^T in a forward pass", "evaluation.qk_products"),
-                         *((f"maps change from layer {l} to {l + 1}", f"evaluation.map_distance.{l}") for l in range(5)),
-                         *((f"spread of the bias in layer {l}", f"evaluation.bias_by_depth.{l}") for l in range(6)),
-                         ("largest bias", "evaluation.bias_largest"), ("loss with the biases set to 0", "evaluation.frozen.val_loss"),
-                         ("accuracy with the biases set to 0", "evaluation.frozen.accuracy")],
-    "nano_reuse": [("parameters", "parameters"), *COMMON,
-                   *((f"similarity to {whose}: {name}", f"evaluation.similarity_{where}.{key}", "dense") for name, key in MAPS
-                     for whose, where in (("the layer below", "below"), ("layers further below", "further"))),
-                   *((name, f"evaluation.copied_maps.{key}", "dense") for name, key in COPIES)],
-}
+# of each script: (title, share of the training text, flags)
+RUNS = {"ssa": [("The whole training text", 1.0, []), ("Its first 3%", 0.03, [])]}
+ROWS = {"val_loss": "validation loss, last", "best_val_loss": "validation loss, best",
+        "train_loss": "training loss, last", "tokens_per_second": "tokens/s",
+        "parameters": "parameters"}
+BELIEVE = {"ssa": """\
+"""}
 
 
-# tables of one arm's evaluation e: name, the rows, and for each column its value in a row, in % where the name says so
-def lens_columns(metric, lenses=("id", "mat", "affine", "tuned"), scale=1):
-    return {lens: lambda e, l, lens=lens: scale * metric(e)[lens][l] for lens in lenses}
-
-
-def layers(e, last=0):
-    return range(len(e["surprisal"]["id"]) - 1 + last)
-
-
-def exits(name, scale=100):
-    pair = {lens: lambda e, target, lens=lens: scale * e["exit"]["at"][target][lens][name] for lens in ("id", "mat")}
-    return {**pair, "mat - id": lambda e, target: pair["mat"](e, target) - pair["id"](e, target)}
-
-
-def ways(e):
-    return {", ".join(filter(None, (g["method"], g["exit"], g["kv"] and f"kv {g['kv']}"))): g for g in e["generation"]}
-
-
-GRIDS = {
-    "nano_jump": [
-        ("r² to the last layer, from layer", layers, lens_columns(lambda e: {lens: [row[-1] for row in rows] for lens, rows in e["r2"].items()}, ("id", "mat", "affine"))),
-        *((f"P@{k}, %, from layer", layers, lens_columns(lambda e, k=k: {lens: found[k] for lens, found in e["precision"].items()}, scale=100)) for k in ("1", "5", "10")),
-        *((f"{name}, nats, from layer", lambda e: layers(e, 1), lens_columns(lambda e, key=key: e[key])) for name, key in (("surprisal", "surprisal"), ("KL", "kl"), ("loss on the text", "gold_loss"))),
-        ("bigrams of the training text", lambda e: ["P@1, %", "P@5, %", "P@10, %", "surprisal", "KL", "loss on the text"],
-         {"": lambda e, row: {**{f"P@{k}, %": 100 * v[0] for k, v in e["precision"]["bigrams"].items()},
-                              **{name: e[key]["bigrams"][0] for name, key in (("surprisal", "surprisal"), ("KL", "kl"), ("loss on the text", "gold_loss"))}}[row]}),
-        *((f"{title}, %, at the agreement of", lambda e: list(e["exit"]["at"]), exits(name)) for title, name in
-          (("layers saved", "layers_saved"), ("FLOPs saved", "flops_saved"), ("agreement found on the other half", "agreement"))),
-        ("P@1, %, with parts made linear above layer", layers, {"whole blocks (mat)": lambda e, l: 100 * e["precision"]["mat"]["1"][l],
-                                                              **{part: lambda e, l, part=part: 100 * e["submodules"][part]["precision"]["1"][l]
-                                                                 for part in ("attention", "feed-forward", "both LayerNorms")}}),
-        ("generation", lambda e: list(ways(e)), {"speed, of full": lambda e, way: ways(e)[way]["speedup"], "layers": lambda e, way: ways(e)[way]["layers"],
-                                                "layers on text": lambda e, way: ways(e)[way]["layers_true_text"],
-                                                "agreement on text, %": lambda e, way: 100 * ways(e)[way]["agreement"],
-                                                "with exact context, %": lambda e, way: 100 * ways(e)[way]["agreement_exact_context"]})],
-}
-
-
-def grid(results, title, rows, columns):
-    """A Markdown table of the technique's evaluations: mean ± standard deviation over the runs."""
-    found = [r["arms"]["technique"]["evaluation"] for r in results]
-    lines = [f"| {title} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for row in rows(found[0]):
-        values = [[f(e, row) for e in found] for f in columns.values()]
-        lines.append(f"| {row} | " + " | ".join(f"{statistics.mean(v):{place}}" + (f" ± {statistics.stdev(v):{place}}" if len(v) > 1 else "") for v in values
-                                                for place in [".1f" if "%" in f"{title}{row}" or max(map(abs, v)) > 20 else ".3f"]) + " |")
-    return "\n".join(lines)
-
-
-def other_text(nano, out, settings, name):
-    """Mean P@1 of layers 0 to L-1 in %, on each of two texts with maps fitted to each: {(text, maps): value}. The second text is another
-    corpus without the characters that the first one lacks, cut to its length."""
-    s = nano.Settings(**{**settings, "device": "cpu"})
-    device = nano.pick_device("cpu")
-    data = nano.Data(s, device)
-    model = nano.GPT(s).eval()
-    model.load_state_dict(torch.load(out / "technique" / "best.pt", weights_only=True, map_location="cpu")["model"])
-    other = nano.Data(nano.Settings(**{**settings, "dataset": str(nano.find_data(name))}), device)
-    known = set(data.alphabet)
-    for split in ("train", "val"):
-        text = [c for c in other.decode(getattr(other, split).tolist()) if c in known][:len(getattr(data, split))]
-        setattr(other, split, torch.tensor(data.encode(text), dtype=torch.int32))
-    runs = {text: nano.Run(s, device, torch.float32, "", 0, 1, d) for text, d in ((data.name, data), (name, other))}
-    maps = {text: {pair: (A.float(), a.float()) for pair, (A, a) in nano.fit(nano.moments(run, model, nano.fit_batches(run)), s.n_embd).items()} for text, run in runs.items()}
-    lenses = {fitted: lambda x, h, l, m=m: model.read_out(nano.jump(h, m, l, s.n_layer))[0] for fitted, m in maps.items()}
-    found = {}
-    for text, run in runs.items():
-        means, _ = nano.measure(run, model, run.data.windows("val", s.eval_tokens), lenses)
-        found.update({f"{text}, maps fitted to {fitted}": 100 * means[fitted][:-1, 0].mean().item() for fitted in maps})
-    return found
-
-
-def value(arm, key):
-    found = arm
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else found[int(part)] if isinstance(found, list) and int(part) < len(found) else None
-    if found is None and ".last." in key:  # the last weights are the best ones
-        return value(arm, key.replace(".last.", "."))
-    return found
+def machine():
+    """What the numbers were measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
 
 
 def part_of(folder, share):
-    """A corpus with the first part of another's training split and all of its validation split."""
+    """A corpus with the first part of another's training split, and its validation split."""
+    if share == 1:
+        return folder
     part = folder.with_name(f"{folder.name}_{share:g}")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    ids = np.fromfile(folder / "train.bin", dtype="<u2")[:int(share * meta["train_tokens"])]
+    meta["train_tokens"] = int(share * meta["train_tokens"])
     part.mkdir(exist_ok=True)
-    (part / "meta.json").write_text(json.dumps({**meta, "train_tokens": len(ids)}), encoding="utf-8")
+    (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     (part / "val.bin").write_bytes((folder / "val.bin").read_bytes())
-    ids.tofile(part / "train.bin")
+    np.fromfile(folder / "train.bin", dtype="<u2")[:meta["train_tokens"]].tofile(part / "train.bin")
     return part
 
 
-def table(script, results):
-    """A Markdown table of results.json contents, a column for each arm: mean ± standard deviation over the runs."""
-    arms = list(results[0]["arms"])
-    lines = [f"| {len(results)} seeds | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
-    def row(name, value_of):
-        cells = []
-        for arm in arms:
-            found = [value_of(r["arms"], arm) for r in results]
-            exact = None not in found and all(isinstance(v, int) for v in found) and len(set(found)) == 1
-            if None in found or exact:
-                cells.append("" if None in found else f"{found[0]:,}")
-                continue
-            places = ",.0f" if max(found) > 100 else ".4f"
-            cells.append(f"{statistics.mean(found):{places}}" + (f" ± {statistics.stdev(found):{places}}" if len(found) > 1 else ""))
-        if any(cells):
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+def run(script, folder, out, seed, flags):
+    """results.json of a finished run."""
+    command = [sys.executable, ROOT / f"nano_{script}.py", "--compare", "--seed", str(seed),
+               "--dataset", folder, "--out_dir", out, *flags]
+    if (out / "results.json").exists():
+        command.append("--resume")
+        results = json.loads((out / "results.json").read_text())
+        if len(results["arms"]) > 1 and all("sample" in arm for arm in results["arms"].values()):
+            return results
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    return json.loads((out / "results.json").read_text())
 
-    for name, key, *only in ROWS.get(script, COMMON):
-        row(name, lambda found, arm: value(found[arm], key) if not only or arm in only else None)
-        if key in ("val_loss", "best_val_loss") and "dense" in arms:
-            row("its difference to the dense twin's", lambda found, arm: None if arm == "dense" else found[arm][key] - found["dense"][key])
+
+def mean(numbers):
+    """Mean ± standard deviation over the seeds, as text."""
+    if len(set(numbers)) == 1:
+        return f"{numbers[0]:,.4f}" if isinstance(numbers[0], float) else f"{numbers[0]:,}"
+    places = ".0f" if abs(statistics.mean(numbers)) > 100 else ".4f"
+    return f"{statistics.mean(numbers):,{places}} ± {statistics.stdev(numbers):{places}}"
+
+
+def table(title, rows):
+    """Markdown of {row: {column: text}}."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(row.get(column, '') for column in columns)} |")
     return "\n".join(lines)
 
 
+def training(results):
+    """Of every arm what results.json says of training; and the technique minus its twin."""
+    rows = {}
+    for key, name in ROWS.items():
+        found = {arm: [r["arms"][arm][key] for r in results] for arm in results[0]["arms"]}
+        rows[name] = {arm: mean(numbers) for arm, numbers in found.items()}
+        if "loss" in key:
+            pairs = zip(found["technique"], found["dense"])
+            rows[name]["technique - dense"] = mean([a - b for a, b in pairs])
+    return rows
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", help="nano_ssa, ...")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", choices=RUNS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--dataset", default="shakespeare_char")
-    parser.add_argument("--share", type=float, default=1.0, help="of the training split that is used")
-    parser.add_argument("--arms", nargs="+", help="only these; the first of the script is always trained")
-    parser.add_argument("--other", help="of nano_jump: a corpus of characters to fit other maps to")
-    parser.add_argument("--name", default="", help="tells the runs of one set of flags from those of another")
-    own, flags = (sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]) if "--" in sys.argv else (sys.argv[1:], [])
-    args = parser.parse_args(own)
-    import importlib
-    script = importlib.import_module(args.script)
-    folder = script.find_data(args.dataset)
-    if args.share < 1:
-        folder = part_of(folder, args.share)
-    results, outs = [], []
-    for seed in args.seeds:
-        out = Path("out") / "evidence" / f"{args.script}-{folder.name}{args.name and '-' + args.name}-{seed}"
-        arms = f"nano.ARMS = tuple(arm for arm in nano.ARMS if arm in {[script.ARMS[0], *args.arms]}); " if args.arms else ""
-        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {args.script} as nano; {arms}nano.main()", "--compare", "--dataset", str(folder), "--seed", str(seed),
-                   "--out_dir", str(out), *flags, *(["--resume"] if (out / "results.json").exists() else [])]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        outs.append(out)
-        results.append(json.loads((out / "results.json").read_text(encoding="utf-8")))
-    first = results[0]
-    device = torch.cuda.get_device_name() if first["device"].startswith("cuda") else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"python tests/evidence.py {' '.join(sys.argv[1:])}  ({first['dataset']}, {first['dtype']}, {device}, torch {first['torch']})\n")
-    print(table(args.script, results))
-    for title, rows, columns in GRIDS.get(args.script, []):
-        print("\n" + grid(results, title, rows, columns))
-    if args.other:
-        found = [other_text(script, out, r["settings"], args.other) for out, r in zip(outs, results)]
-        print("\n| mean P@1 of the layers below the last, % | |\n|---|---|")
-        for name in found[0]:
-            v = [f[name] for f in found]
-            print(f"| {name} | {statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "") + " |")
+    args = parser.parse_args()
+    nano = importlib.import_module(f"nano_{args.script}")
+    corpus = nano.find_data(nano.Config(dataset="shakespeare_char"))
+    text = [f"# nano_{args.script}.py: results", BELIEVE[args.script]]
+    for title, share, flags in RUNS[args.script]:
+        folder, results, found = part_of(corpus, share), [], []
+        for seed in args.seeds:
+            name = "-".join([args.script, folder.name, *flags, str(seed)])
+            out = ROOT / "out" / "evidence" / name
+            results.append(run(args.script, folder, out, seed, flags))
+            found.append(controls.CONTROLS[args.script](nano, out, results[-1]))
+        text += [f"## {title}", table(f"{len(args.seeds)} seeds", training(results))]
+        for caption in found[0]:
+            rows = {row: {column: mean([f[caption][row][column] for f in found]) for column in cells}
+                    for row, cells in found[0][caption].items()}
+            text.append(table(caption, rows))
+    command = "python tests/evidence.py " + " ".join(sys.argv[1:])
+    text.append(f"Mean ± standard deviation over the seeds. `{command}`; {machine()}, "
+                f"torch {torch.__version__}, {results[0]['dtype']}.")
+    target = ROOT / "tests" / "results" / f"{args.script}.md"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("\n\n".join(part.strip() for part in text if part.strip()) + "\n", "utf-8")
+    print(target.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def test_the_last_state_read_out_is_the_model_to_the_bit():
 
 
 def test_it_is_the_dense_twin_of_the_other_scripts():
-    s, theirs = settings(), nano_ssa.Settings(n_layer=4, n_head=2, n_embd=16, block_size=16, vocab_size=50, batch_size=4)
-    ours, twin = model_of(s), nano_ssa.dense_twin(theirs).double()
+    s, theirs = settings(), nano_ssa.Config(ssa="off", n_layer=4, n_head=2, n_embd=16, block_size=16, vocab_size=50)
+    ours, twin = model_of(s), nano_ssa.GPT(theirs).double()
     twin.load_state_dict(ours.state_dict())
     for model in (ours, twin):
         model(tokens(), tokens())[1].backward()

@@ -86,12 +86,12 @@ def test_both_implementations_equal_the_oracle(P, K, first):
         assert scale > 0 and (qk - slow).abs().max() <= 1e-12 * scale and (probs - slow).abs().max() <= 1e-12 * scale
 
 
-@pytest.mark.parametrize("changes", [dict(reuse_layers=0), dict(reuse_heads=0), dict(reuse_layers=0, bias=True)])
+@pytest.mark.parametrize("changes", [dict(reuse_layers=0), dict(reuse_heads=0)])
 def test_without_reuse_it_is_the_dense_twin_to_the_bit(changes):
     s = settings(**changes)
     results, idx = [], tokens(T=17)
     for build in (lambda: nano.GPT(s), lambda: nano.dense_twin(s),
-                  lambda: nano_ssa.dense_twin(nano_ssa.Settings(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50, bias=s.bias))):
+                  lambda: nano_ssa.GPT(nano_ssa.Config(ssa="off", n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50))):
         torch.manual_seed(0)
         model = build()
         logits, loss = model(idx[:, :-1], idx[:, 1:])

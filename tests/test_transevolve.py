@@ -176,12 +176,11 @@ def test_time_signal():
 
 # special cases
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_dense_is_the_twin_of_the_other_files_to_the_bit(bias):
-    s = settings(evolve="dense", bias=bias)
-    theirs = nano_ssa.Settings(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50, ssa="off", bias=bias)
+def test_dense_is_the_twin_of_the_other_files_to_the_bit():
+    s = settings(evolve="dense")
+    theirs = nano_ssa.Config(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50, ssa="off")
     torch.manual_seed(0)
-    ours = nano.dense_twin(settings(bias=bias))
+    ours = nano.dense_twin(settings())
     torch.manual_seed(0)
     other = nano_ssa.GPT(theirs)
     idx, targets = inputs(s)

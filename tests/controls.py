@@ -1,0 +1,66 @@
+"""Control experiments on the checkpoints of a finished run, for tests/results/ alone. Each function
+takes a script as a module, a run's folder and its results, and returns {table: {row: {column: x}}}."""
+import math
+
+import torch
+
+
+def load(nano, out, results, arm):
+    """The best weights of an arm, ready to be evaluated: (config, run, model)."""
+    config = nano.Config(**results["config"])
+    config.device = "auto"
+    run = nano.Run(config)
+    model = nano.GPT(config).to(run.device)
+    saved = torch.load(out / arm / "best.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(saved["model"])
+    return config, run, model.eval()
+
+
+@torch.no_grad()
+def ssa(nano, out, results, tokens=2**14, members=16):
+    """Is an ensemble better for what its members know, or because averaging makes predictions less
+    sure? Then a temperature, fitted on training text, gives dense mode as much, and right first
+    choices (top-1) do not change. And does the dense twin gain by being subsampled, too?"""
+    rows = {}
+    for arm, title in (("technique", "trained with SSA"), ("dense", "dense twin")):
+        config, run, model = load(nano, out, results, arm)
+        T = config.block_size
+
+        def log_p(x, k=None):
+            draw = None if k is None else run.data.put(nano.draw_paths(config, T, "draw", k))
+            return model(x, paths=draw)[0].float().log_softmax(-1)
+
+        def score(name, log_p, y, sums):
+            loss = -log_p.gather(-1, y[..., None]).double().mean().item()
+            top1 = (log_p.argmax(-1) == y).double().mean().item()
+            sums.setdefault(name, []).append((loss, top1))
+
+        fit = run.data.windows("train", tokens)
+        heats = [2 ** (n / 16) for n in range(-16, 17)]
+        losses = dict.fromkeys(heats, 0.0)
+        for starts in fit:
+            x, y = run.data.rows("train", starts)
+            for heat in heats:
+                tempered = (log_p(x) / heat).log_softmax(-1)
+                losses[heat] -= tempered.gather(-1, y[..., None]).double().sum().item()
+        heat = min(losses, key=losses.get)
+
+        sums = {}
+        for starts in run.data.windows("val", tokens):
+            x, y = run.data.rows("val", starts)
+            score("dense mode", log_p(x), y, sums)
+            score("dense mode, temperature of training text", (log_p(x) / heat).log_softmax(-1), y, sums)
+            log_sum = torch.tensor(-math.inf, device=run.device)
+            for k in range(1, members + 1):
+                member = log_p(x, k)
+                score("one draw, mean of 16", member, y, sums)
+                log_sum = torch.logaddexp(log_sum, member)
+                if k in (2, 4, 8, 16):
+                    score(f"ensemble of {k}", log_sum - math.log(k), y, sums)
+        for name, found in sums.items():
+            loss, top1 = (sum(numbers) / len(found) for numbers in zip(*found))
+            rows.setdefault(name, {}).update({f"{title}: loss": loss, f"{title}: top-1": top1})
+    return {f"best weights, first {tokens:,} validation tokens": rows}
+
+
+CONTROLS = {"ssa": ssa}

@@ -1,0 +1,107 @@
+"""What can be known of a GPU without one: no tensor stays on the CPU, nothing waits for the device,
+one graph for any number of draws, and bfloat16 is close to float32."""
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import nano_ssa
+
+META = torch.device("meta")
+
+
+def char(nano, **changes):
+    """The size that a GPU trains by default."""
+    sizes = {f.name: f.metadata["sizes"]["char"] for f in dataclasses.fields(nano.Config) if f.metadata}
+    return nano.Config(**{**sizes, "vocab_size": 65, **changes})
+
+
+def ssa_inputs(config, step):
+    return dict(paths=nano_ssa.draw_paths(config, config.block_size, step, 0))
+
+
+# how the model is called in training: no further inputs, or the technique's
+CALLS = [(nano_ssa, dict(), lambda config, step: dict()), (nano_ssa, dict(), ssa_inputs),
+         (nano_ssa, dict(ssa="unbiased"), ssa_inputs)]
+NAMES = ["ssa-dense", "ssa-local", "ssa-unbiased"]
+
+
+def training_step(nano, config, device, inputs):
+    """Forward, loss, backward, and a step of both optimizers; the model."""
+    with torch.device(device):
+        model = nano.GPT(config)
+    adamw, muon = nano.configure_optimizers(model, config)
+    x = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=device)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    loss = model(x, x, **inputs)[1]
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adamw.step()
+    muon.step()
+    assert all(p.grad.device == device for p in model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("nano, changes, inputs", CALLS, ids=NAMES)
+def test_a_training_step_on_a_device_that_cannot_be_waited_for(nano, changes, inputs):
+    """On meta a tensor of the CPU, .item(), .tolist() and a shape that depends on data raise."""
+    config = char(nano, **changes)
+    model = training_step(nano, config, META, inputs(config, 0))
+    idx = torch.zeros(2, 250, dtype=torch.long, device=META)
+    assert model.generate(idx, 10).shape == (2, 260)
+
+
+@pytest.mark.parametrize("break_it", [
+    lambda scores: scores + torch.zeros(scores.shape),  # a tensor of the CPU
+    lambda scores: scores * scores.sum().item(),
+    lambda scores: scores * len(scores.flatten()[0:1].tolist()),
+    lambda scores: scores[scores > 0]], ids=["cpu", "item", "tolist", "shape"])
+def test_that_test_sees_what_it_looks_for(break_it, monkeypatch):
+    real = nano_ssa.subsampled_attention
+    monkeypatch.setattr(nano_ssa, "subsampled_attention", lambda *args: break_it(real(*args)))
+    config = char(nano_ssa, n_layer=1)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        training_step(nano_ssa, config, META, ssa_inputs(config, 0))
+
+
+def test_one_graph_for_dense_attention_and_one_for_all_draws():
+    config = char(nano_ssa, n_layer=2, n_embd=32, n_head=2, block_size=32)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model, x = nano_ssa.GPT(config), torch.zeros(2, 32, dtype=torch.long)
+    fast = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(10):
+        fast(x, x, **ssa_inputs(config, step))
+    assert counter.frame_count == 1
+    for _ in range(3):
+        fast(x, x)
+    assert counter.frame_count == 2
+
+
+def test_the_compiled_step_has_the_same_gradients():
+    config = char(nano_ssa, n_layer=2, n_embd=32, n_head=2, block_size=32, dropout=0.0)
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = nano_ssa.GPT(config), torch.randint(65, (2, 32))
+    results = []
+    for net in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        loss = net(x, x, **ssa_inputs(config, 0))[1]
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(plain, compiled, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("nano, changes, inputs", CALLS, ids=NAMES)
+def test_bfloat16_is_close_to_float32(nano, changes, inputs):
+    config = char(nano, n_layer=2, n_embd=64, n_head=2, block_size=64, dropout=0.0, **changes)
+    torch.manual_seed(0)
+    model, x = nano.GPT(config), torch.randint(65, (4, 65))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits, loss = model(x[:, :-1], x[:, 1:], **inputs(config, 0))
+        results.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
+    assert results[1][0].item() == pytest.approx(results[0][0].item(), abs=0.01)
+    for exact, rough in zip(results[0][1], results[1][1]):
+        assert (exact - rough).norm() <= 0.05 * exact.norm()
