@@ -7,14 +7,14 @@ Stochastically Subsampled self-Attention (SSA), of "The Information Pathways Hyp
 Transformers are Dynamic Self-Ensembles", Hussain, Zaki and Subramanian, KDD 2023,
 https://arxiv.org/abs/2306.01705
 
-In training, attention costs T^2. The paper's hypothesis: a trained transformer is an ensemble of
-sparse sub-models, its "information pathways", and any of them can be trained alone. So draw one at
-random in every layer and step, train that, and finish with a short phase of dense attention. The
-trained model runs dense, or as a self-ensemble: the mean prediction of several drawn sub-models.
+Attention costs T^2. The paper's hypothesis: an input needs few of the connections between tokens,
+its "information pathways"; they can be trained apart, and are where one expects them, mostly near.
+So every step draws a sub-model, a random part of the connections, and trains that; a short dense
+phase ends the training. Then the model runs dense, or as a self-ensemble: the mean prediction of
+several sub-models. A draw offers each query w = T/r of the T sources (keys and values), about half
+of them in its future.
 
-A draw says which w = T/r of the T sources (keys and values) a query may see; r is the reduction.
-
-    o_i = softmax_j(q_i . k_j / sqrt(D)) v_j        over the drawn sources j < i, and i itself
+    o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j      over the drawn sources j < i, and i itself
 
     unbiased: one uniform sample of w           locally biased: the sources are shuffled, mostly
     sources S for all queries, the rest         locally, and cut into blocks of w; block b of
@@ -36,12 +36,11 @@ A draw says which w = T/r of the T sources (keys and values) a query may see; r 
 
 TABLE
 
-The authors published no code. What abstract, figures and project page leave open was chosen here:
+Chosen here, where abstract, figures and project page leave it open (there is no code of theirs):
  1. The local shuffle sorts the positions after adding Gaussian noise. Every query sees itself.
  2. One draw for each layer and micro-step, shared by heads and sequences; no rescaling by 1/r.
  3. The figures show attention in both directions. Here it is causal, by the original positions.
- 4. The dense fine-tuning takes the last 0.15 of the steps, on the same learning-rate schedule.
- 5. The ensemble averages probabilities, without dropout: nothing but pathways is sampled.
+ 4. The dense fine-tuning takes the last 0.15 of the steps. Ensembles average probabilities.
 """
 import argparse
 import json
@@ -65,9 +64,8 @@ from tqdm import tqdm
 
 # ---- The technique: every layer draws which keys and values its queries may see ------------------
 def draw_paths(config, T, *where):
-    """One sub-model: the w sources of each block of queries, in each layer, (n_layer, N, w).
-
-    where: what keys the draw, as (step, micro_step). Index T is no source: it fills up a block."""
+    """One sub-model: the w sources of each block of queries, in each layer, (n_layer, N, w). Index
+    T is no source: it fills up a block. where: what keys the draw, as (step, micro_step)."""
     generator = torch.Generator().manual_seed(key(config.seed, "paths", *where))
     w = math.ceil(T / config.reduction)  # with r = 1 all sources: dense attention
     if config.ssa == "unbiased":
@@ -79,26 +77,24 @@ def draw_paths(config, T, *where):
 
 
 def subsampled_attention(q, k, v, path, dropout=0.0):
-    """o_i = softmax_j(q_i . k_j / sqrt(D)) v_j over the sources j < i drawn for i's block, and i.
-
+    """o_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j, j < i among those drawn for i's block, and i.
     q, k, v: (B, H, T, D); path: (N, w), one layer of draw_paths. T (w + 1) scores, not T^2."""
     T, D = q.shape[-2:]
     N, w = path.shape
     n = math.ceil(T / N)  # queries in a block; only sources are shuffled
+    if N * n > T:
+        q, k, v = (F.pad(x, (0, 0, 0, N * n - T)) for x in (q, k, v))
+    q, own_k, own_v = (x.unflatten(2, (N, n)) for x in (q / math.sqrt(D), k, v))   # (B, H, N, n, D)
+    sources = path.flatten().clamp(max=T - 1)
+    drawn = torch.cat([k, v], -1).index_select(2, sources).unflatten(2, (N, w))  # (B, H, N, w, 2D)
+    drawn_k, drawn_v = drawn.split(D, -1)
 
-    def own(x):  # each block's own positions: (B, H, T, D) -> (B, H, N, n, D)
-        return F.pad(x, (0, 0, 0, N * n - T)).unflatten(2, (N, n))
-
-    def drawn(x):  # the positions drawn for each block: (B, H, T, D) -> (B, H, N, w, D)
-        return x.index_select(2, path.flatten().clamp(max=T - 1)).unflatten(2, (N, w))
-
-    q = own(q) / math.sqrt(D)
     i = torch.arange(N * n, device=q.device).view(N, n, 1)
     not_before = path[:, None] >= i                                                # (N, n, w)
-    drawn_scores = (q @ drawn(k).mT).masked_fill(not_before, -math.inf)            # (B, H, N, n, w)
-    own_score = (q * own(k)).sum(-1, keepdim=True)                                 # (B, H, N, n, 1)
+    drawn_scores = (q @ drawn_k.mT).masked_fill(not_before, -math.inf)             # (B, H, N, n, w)
+    own_score = (q * own_k).sum(-1, keepdim=True)                                  # (B, H, N, n, 1)
     weights = F.dropout(torch.cat([drawn_scores, own_score], -1).softmax(-1), dropout)
-    o = weights[..., :w] @ drawn(v) + weights[..., w:] * own(v)                    # (B, H, N, n, D)
+    o = weights[..., :w] @ drawn_v + weights[..., w:] * own_v                      # (B, H, N, n, D)
     return o.flatten(2, 3)[:, :, :T]
 
 
@@ -107,13 +103,13 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        C = config.n_embd  # a matrix each, where GPT-2 has one: Muon's steps are of whole matrices
+        C = config.n_embd  # q, k, v apart, one matrix in GPT-2: Muon's steps are of whole matrices
         self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
 
     def forward(self, x, path=None):
-        projections = self.c_q(x), self.c_k(x), self.c_v(x)                        # (B, T, C) each
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in projections)
-        dropout = self.dropout if self.training else 0.0                # q, k, v are (B, H, T, D)
+        qkv = self.c_q(x), self.c_k(x), self.c_v(x)                                     # (B, T, C)
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in qkv)  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
         if path is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         else:
@@ -188,7 +184,7 @@ SIZES = ("tiny", "char", "gpt2")
 
 def flag(default, help, choices=None, least=0, most=math.inf, free=False):
     """A field of Config; a tuple has a default for each size. free: a resumed run may change it."""
-    sizes = dict(zip(SIZES, default if isinstance(default, tuple) else [default] * 3))
+    sizes = dict(zip(SIZES, default if isinstance(default, tuple) else [default]))
     return field(default=sizes["tiny"], metadata=dict(help=help, choices=choices, least=least,
                                                       most=most, free=free, sizes=sizes))
 
@@ -197,14 +193,14 @@ def flag(default, help, choices=None, least=0, most=math.inf, free=False):
 class Config:
     # the technique
     ssa: str = flag("local", "local, unbiased; off: dense attention", ("local", "unbiased", "off"))
-    reduction: int = flag(4, "r: a query sees T/r of the T sources", least=1)
+    reduction: int = flag(4, "r: T/r sources are drawn for a query", least=1)
     sigma: float = flag(0.5, "spread of the local shuffle, in T/r")
     finetune: float = flag(0.15, "share of the steps, the last, dense", most=1)
-    draws: int = flag(4, "sub-models in the largest ensemble", free=True)
+    draws: int = flag(2, "sub-models in the largest ensemble", free=True)
     # the run
     size: str = flag("auto", "auto: tiny on a CPU, else char", ("auto", *SIZES))
     dataset: str = flag("auto", "a folder, or one of those in data/", free=True)
-    out_dir: str = flag("", "of the run; by default a new one in out/", free=True)
+    out_dir: str = flag("", "of the run; by default a new one", free=True)
     seed: int = flag(1337, "of weights, order of the data, draws")
     resume: bool = flag(False, "go on with the latest run, or --out_dir", free=True)
     eval_only: bool = flag(False, "only evaluate that run", free=True)
@@ -222,13 +218,13 @@ class Config:
     # training
     batch_size: int = flag((16, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
-    max_iters: int = flag((1000, 5000, 20000), "training steps", least=1)
-    learning_rate: float = flag((1e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
-    muon_lr: float = flag((0.025, 0.02, 0.02), "Muon's peak: matrices of the blocks")
-    warmup_iters: int = flag((50, 100, 500), "steps up to the peak, then a cosine")
+    max_iters: int = flag((1100, 5000, 20000), "training steps", least=1)
+    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
+    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
+    warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
-    eval_interval: int = flag((250, 250, 500), "steps between evaluations", least=1)
+    eval_interval: int = flag((550, 250, 500), "steps between evaluations", least=1)
     eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=1)
     # the sample at the end
     prompt: str = flag("", "text that it goes on from", free=True)
@@ -252,7 +248,7 @@ def parse_args(argv=None):
     size = given.get("size", "auto")
     if size == "auto":
         size = "tiny" if pick_device(given.get("device", "auto")).type == "cpu" else "char"
-    settings = {name: f.metadata["sizes"][size] for name, f in flags.items()}
+    settings = {name: f.metadata["sizes"].get(size, f.default) for name, f in flags.items()}
     settings["size"] = size
     if given.get("resume") or given.get("eval_only"):
         runs = Path("out", SCRIPT).glob("*/results.json")
@@ -263,10 +259,9 @@ def parse_args(argv=None):
         if earlier.get("script") != SCRIPT:
             sys.exit(f"error: there is no run of {SCRIPT}.py in {path.parent}")
         settings.update((name, value) for name, value in earlier["config"].items() if name in flags)
-        settings["out_dir"] = str(path.parent)
+        settings.update(out_dir=str(path.parent), resume=False, eval_only=False)
         fixed = {name for name in given if not flags[name].metadata["free"]}
-        if fixed:
-            print(f"{path.parent} keeps its own {', '.join(fixed)}")
+        print(f"{path.parent} keeps its own settings,", *fixed)
         given = {name: value for name, value in given.items() if name not in fixed}
     config = Config(**{**settings, **given, "size": settings["size"]})
 
@@ -282,9 +277,7 @@ def parse_args(argv=None):
 def help_text(flags):
     rows = {}
     for name, f in flags.items():
-        sizes = {size: str(value) for size, value in f.metadata["sizes"].items()}
-        if len(set(sizes.values())) == 1:
-            sizes = dict(tiny=sizes["tiny"], char="", gpt2="")
+        sizes = {size: str(f.metadata["sizes"].get(size, f.default)) for size in SIZES}
         rows[f"--{name}"] = {**sizes, "": f.metadata["help"]}
     return f"{SCRIPT}.py [--flag value | --flag=value | --flag | --no-flag] ...\n{table(rows)}\n"
 
@@ -324,8 +317,7 @@ def pick_dtype(name, device):
 
 # ---- Data ----------------------------------------------------------------------------------------
 def key(*parts):
-    """A seed made of numbers and names. All randomness is keyed by (seed, what, step, micro_step):
-    no generator carries state, and a resumed run draws what the uninterrupted one drew."""
+    """A seed of the run's seed, what it is for, and when. So no generator has a state to resume."""
     return random.Random(repr(parts)).getrandbits(63)
 
 
@@ -366,8 +358,8 @@ class Data:
             try:
                 bpe = tiktoken.get_encoding(self.meta["tokenizer"])
             except (OSError, ValueError):
-                sys.exit(f"error: tiktoken cannot load {self.meta['tokenizer']}: go online once, "
-                         "or let TIKTOKEN_CACHE_DIR name a folder that holds it")
+                sys.exit(f"error: no {self.meta['tokenizer']} for tiktoken: go online once, or let "
+                         "TIKTOKEN_CACHE_DIR name a folder that holds it")
             self.encode = lambda text: bpe.encode(text, allowed_special="all")
             # a vocabulary may be padded: ids beyond the tokenizer's have no text
             self.decode = lambda ids: bpe.decode([i for i in ids if i < bpe.n_vocab])
@@ -382,13 +374,12 @@ class Data:
         halves = 2 if seen[::2].any() and not seen[1::2].any() else 1  # of 32-bit ids
         count = self.meta.setdefault(f"{split}_tokens", len(ids) // halves)
         if size != 2 * count or seen.max() >= vocab:
-            sys.exit(f"error: {path} is not {count:,} 16-bit ids below {vocab:,}: see data/prepare.py")
+            sys.exit(f"error: {path} has not {count:,} uint16 ids below {vocab:,}: prepare it")
         return ids
 
     def put(self, x):
-        """To the device; to CUDA through pinned memory, so that nothing waits for the copy."""
         x = torch.as_tensor(x)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # through pinned memory, so that nothing waits for the copy
             return x.pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)
 
@@ -398,13 +389,20 @@ class Data:
         rows = self.put(self.ids[split][at].astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
-    def batch(self, config, step, micro_step):
-        rng = np.random.default_rng(key(config.seed, "batch", step, micro_step))
-        starts = rng.integers(len(self.ids["train"]) - self.T, size=config.batch_size)
-        return self.rows("train", starts)
+    def order(self, config):
+        """Offsets of all sequences of the training, (max_iters, grad_accum, batch_size). An epoch
+        goes through the text once, but for its end, in windows that are shuffled, and cut anew."""
+        T, tokens = self.T, len(self.ids["train"])
+        shape = config.max_iters, config.grad_accum, config.batch_size
+        n = max(1, tokens // T - 1)  # windows in an epoch
+        epochs = []
+        for epoch in range(math.ceil(math.prod(shape) / n)):
+            rng = np.random.default_rng(key(config.seed, "epoch", epoch))
+            epochs.append(rng.permutation(n) * T + rng.integers(min(T, tokens - n * T)))
+        return np.concatenate(epochs)[:math.prod(shape)].reshape(shape)
 
     def windows(self, split, tokens):
-        """Offsets of disjoint windows, of a split or its first tokens; a chunk has 2^27 logits."""
+        """Offsets of disjoint windows, of a split or its first tokens, at most 2^27 logits."""
         starts = np.arange(0, len(self.ids[split]) - self.T, self.T)[:math.ceil(tokens / self.T)]
         at_a_time = max(1, min(2**13, 2**27 // self.meta["vocab_size"]) // self.T)
         return np.split(starts, range(at_a_time, len(starts), at_a_time))
@@ -417,7 +415,7 @@ class Run:
     def __init__(self, config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.grad_accum % self.world:
-            sys.exit(f"error: {self.world} processes cannot share --grad_accum {config.grad_accum} evenly")
+            sys.exit(f"error: {self.world} processes cannot share --grad_accum {config.grad_accum}")
         self.device = pick_device(config.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -433,7 +431,7 @@ class Run:
 
 @torch.no_grad()
 def evaluate(config, run, model, split="val"):
-    """Mean loss in nats over fixed windows, dense and without dropout."""
+    """Mean loss in nats over fixed windows, without dropout."""
     chunks = run.data.windows(split, config.eval_tokens)
     total = 0.0
     model.eval()
@@ -446,12 +444,11 @@ def evaluate(config, run, model, split="val"):
 
 
 def get_lr(config, step, peak):
-    """Linear warm-up, over a tenth of the steps at most, then a cosine down to 0."""
+    """Linear warm-up, over a tenth of the steps at most, then linear down to 0."""
     warmup = min(config.warmup_iters, config.max_iters // 10)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    done = (step - warmup) / (config.max_iters - warmup)
-    return peak * (0.5 + 0.5 * math.cos(math.pi * done))
+    return peak * (config.max_iters - step) / (config.max_iters - warmup)
 
 
 def train(config, run, folder, model):
@@ -471,8 +468,8 @@ def train(config, run, folder, model):
     if run.world > 1:
         net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     sampled = 0 if config.ssa == "off" else round((1 - config.finetune) * config.max_iters)  # steps
-    tokens = config.grad_accum * config.batch_size * config.block_size  # in a step
     bar = tqdm(total=config.max_iters, initial=first, mininterval=1, disable=run.rank > 0)
+    order = run.data.order(config)
     since, clock = first, time.perf_counter()   # the last evaluation
     total = torch.zeros((), device=run.device)  # of the losses since then
 
@@ -482,7 +479,7 @@ def train(config, run, folder, model):
                 group["lr"] = get_lr(config, step, peak)
 
         for micro_step in range(run.rank, config.grad_accum, run.world):
-            x, y = run.data.batch(config, step, micro_step)
+            x, y = run.data.rows("train", order[step, micro_step])
             paths = None
             if step < sampled:
                 paths = run.data.put(draw_paths(config, config.block_size, step, micro_step))
@@ -497,7 +494,7 @@ def train(config, run, folder, model):
         scaler.unscale_(adamw)
         scaler.unscale_(muon)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        # float16 may overflow; then neither may step, and only to know that the loop waits for it
+        # float16 may overflow; then neither may step. To see that, the loop waits for the device
         if run.dtype != torch.float16 or norm.isfinite():
             scaler.step(adamw)
             scaler.step(muon)
@@ -512,7 +509,7 @@ def train(config, run, folder, model):
         if run.world > 1:
             dist.all_reduce(total)
         train_loss = total.item() / (done - since)
-        speed = tokens * (done - since) / (time.perf_counter() - clock)
+        speed = (done - since) * order[0].size * run.data.T / (time.perf_counter() - clock)
         val_loss = evaluate(config, run, model)
         if not math.isfinite(val_loss):
             sys.exit(f"error: loss {val_loss} after step {done}: lower the learning rates")
@@ -539,11 +536,10 @@ def configure_optimizers(model, config):
     """AdamW for embeddings and vectors, Muon for every other matrix."""
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    others = {*embeddings, *vectors}
-    matrices = [p for p in model.parameters() if p not in others]
+    matrices = [p for p in model.parameters() if p not in {*embeddings, *vectors}]
     groups = [dict(params=embeddings, weight_decay=config.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     return adamw, Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
 
 
@@ -563,7 +559,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             matrices, state = group["params"], self.state[group["params"][0]]
-            G = torch.stack([p.grad for p in matrices])                        # (n, rows, columns)
+            G = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in matrices])
             if not state:
                 state["average"] = torch.zeros_like(G)
             state["average"].lerp_(G, 1 - group["momentum"])
@@ -581,7 +577,8 @@ def orthogonal(G):
         X = X.mT
     for _ in range(5):
         A = X @ X.mT
-        X = 3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X
+        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)  # -4.775 A + 2.0315 A A
+        X = torch.baddbmm(X, B, X, beta=3.4445)                # 3.4445 X + B X
     return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
 
 
@@ -602,13 +599,13 @@ def write(path, content):
 # ---- Evaluation ----------------------------------------------------------------------------------
 @torch.no_grad()
 def measure(config, run, model):
-    """The same weights dense and as self-ensembles, on the text of evaluate(): {mode: {loss}}.
+    """The same weights dense and as self-ensembles, on the text of evaluate().
 
     A draw is one sub-model, the same for all windows. An ensemble of K predicts the mean of K
     draws' probabilities: log p = logsumexp_k log p_k - log K."""
     chunks = run.data.windows("val", config.eval_tokens)
     draws = range(1, config.draws + 1) if config.ssa != "off" else []
-    losses = dict.fromkeys(["dense", *(f"ensemble of {k}" for k in draws)], 0.0)
+    losses = dict.fromkeys(["dense mode", *(f"ensemble of {k}" for k in draws)], 0.0)
 
     def log_p(x, paths=None):  # (B, T) -> (B, T, vocab)
         with run.autocast():
@@ -617,15 +614,15 @@ def measure(config, run, model):
 
     for starts in chunks:
         x, y = run.data.rows("val", starts)
-        losses["dense"] += F.nll_loss(log_p(x).mT, y, reduction="sum").item()
+        losses["dense mode"] += F.nll_loss(log_p(x).mT, y, reduction="sum").item()
         log_sum = torch.tensor(-math.inf, device=run.device)
         for k in draws:
             paths = run.data.put(draw_paths(config, config.block_size, "draw", k))
             log_sum = torch.logaddexp(log_sum, log_p(x, paths))
-            mean = log_sum - math.log(k)
-            losses[f"ensemble of {k}"] += F.nll_loss(mean.mT, y, reduction="sum").item()
+            loss = F.nll_loss((log_sum - math.log(k)).mT, y, reduction="sum")
+            losses[f"ensemble of {k}"] += loss.item()
     tokens = sum(map(len, chunks)) * config.block_size
-    return {mode: {"loss": loss / tokens} for mode, loss in losses.items()}
+    return {mode: {"best_val_loss": loss / tokens} for mode, loss in losses.items()}
 
 
 def sample(config, run, model):
@@ -649,8 +646,9 @@ def main(argv=None):
         dist.broadcast_object_list(out)
     config.out_dir, out = out[0], Path(out[0])
     results = dict(script=SCRIPT, torch=torch.__version__, device=str(run.device), data=data,
-                   config=asdict(replace(config, resume=False, eval_only=False)),
-                   arms=earlier.get("arms", {}))
+                   config=asdict(replace(config, resume=False)), arms=earlier.get("arms", {}))
+    if config.eval_only:  # on another device, perhaps
+        results["config"] = earlier["config"]
     if run.rank == 0:
         if out.exists() and not earlier:
             sys.exit(f"error: {out} exists, and no run writes over another: name a new --out_dir")
@@ -667,9 +665,7 @@ def main(argv=None):
         result = results["arms"].setdefault(arm, {})
         if not config.eval_only:
             result.update(train(arm_config, run, out / arm, model))
-        if run.rank == 0:
-            if not (out / arm / "best.pt").exists():
-                sys.exit(f"error: there is no checkpoint in {out / arm} yet: add --resume")
+        if run.rank == 0 and (out / arm / "best.pt").exists():
             best = torch.load(out / arm / "best.pt", map_location="cpu", weights_only=True)
             model.load_state_dict(best["model"])
             model.eval()
@@ -677,9 +673,11 @@ def main(argv=None):
             result["sample"] = sample(arm_config, run, model)
             write(out / "results.json", json.dumps(results, indent=1))
     if run.rank == 0:
-        rows = {arm: {name: x for name, x in result.items() if isinstance(x, (int, float))}
-                for arm, result in results["arms"].items()}
         technique = results["arms"]["technique"]
+        if "sample" not in technique:
+            sys.exit(f"error: there is no checkpoint in {out} yet: add --resume")
+        rows = {name: {arm: result.get(name, "") for arm, result in results["arms"].items()}
+                for name, x in technique.items() if isinstance(x, (int, float))}
         print(f"\n{table(rows)}\n\n{table(technique['evaluation'])}\n\n{technique['sample']}")
     if run.world > 1:
         dist.destroy_process_group()
@@ -691,7 +689,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on from the last evaluation")
+        sys.exit("stopped; --resume, with the same --out_dir, goes on from the last evaluation")
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: use a smaller --batch_size, with more --grad_accum")
     except torch._dynamo.exc.TorchDynamoException as e:

@@ -2,16 +2,16 @@
 takes a script as a module, a run's folder and its results, and returns {table: {row: {column: x}}}."""
 import math
 
+import numpy as np
 import torch
 
 
-def load(nano, out, results, arm):
+def load(nano, out, arm):
     """The best weights of an arm, ready to be evaluated: (config, run, model)."""
-    config = nano.Config(**results["config"])
-    config.device = "auto"
+    saved = torch.load(out / arm / "best.pt", map_location="cpu", weights_only=True)
+    config = nano.Config(**{**saved["config"], "device": "auto"})
     run = nano.Run(config)
     model = nano.GPT(config).to(run.device)
-    saved = torch.load(out / arm / "best.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(saved["model"])
     return config, run, model.eval()
 
@@ -22,8 +22,10 @@ def ssa(nano, out, results, tokens=2**14, members=16):
     sure? Then a temperature, fitted on training text, gives dense mode as much, and right first
     choices (top-1) do not change. And does the dense twin gain by being subsampled, too?"""
     rows = {}
-    for arm, title in (("technique", "trained with SSA"), ("dense", "dense twin")):
-        config, run, model = load(nano, out, results, arm)
+    titles = {"technique": "trained with SSA", "dense": "dense twin"}
+    for arm in results["arms"]:
+        title = titles[arm]
+        config, run, model = load(nano, out, arm)
         T = config.block_size
 
         def log_p(x, k=None):
@@ -63,4 +65,33 @@ def ssa(nano, out, results, tokens=2**14, members=16):
     return {f"best weights, first {tokens:,} validation tokens": rows}
 
 
-CONTROLS = {"ssa": ssa}
+@torch.no_grad()
+def reuse(nano, out, results, windows=64):
+    """Are maps of neighbouring layers alike because they do the same, or because all causal maps are
+    somewhat alike? Then those of two different texts are, too."""
+    config, run, model = load(nano, out, "dense")
+    T, L, H = config.block_size, config.n_layer, config.n_head
+    starts = np.concatenate(run.data.windows("val", config.eval_tokens))
+    starts = starts[::math.ceil(len(starts) / windows)]
+    maps = []  # of each text, (L, H, T/2 T)
+    for start in starts:
+        idx, _ = run.data.rows("val", np.array([start]))
+        x, below, layers = model.wte(idx) + model.wpe.weight, None, []
+        for block in model.h:
+            x, below = block(x, below, nano.attend)
+            layers.append(below[0, :, T // 2:].flatten(1))
+        maps.append(torch.stack(layers))
+
+    def alike(a, b):  # (H, .) each: every head's best match
+        return (1 - torch.cdist(a, b, p=1) / 2 / (T - T // 2)).amax(1).mean().item()
+
+    rows = {}
+    for layer in range(1, L):
+        same = [alike(m[layer], m[layer - 1]) for m in maps]
+        other = [alike(m[layer], n[layer - 1]) for m, n in zip(maps, maps[1:] + maps[:1])]
+        rows[f"layers {layer} and {layer - 1}"] = {"the same text": sum(same) / len(same),
+                                                   "two texts": sum(other) / len(other)}
+    return {"how alike the dense twin's maps are (best match)": rows}
+
+
+CONTROLS = {"ssa": ssa, "reuse": reuse}

@@ -23,12 +23,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import controls  # noqa: E402
 
 # of each script: (title, share of the training text, flags)
-RUNS = {"ssa": [("The whole training text", 1.0, []), ("Its first 3%", 0.03, [])]}
+RUNS = {"ssa": [("The whole training text", 1.0, []), ("Its first 3%", 0.03, []),
+                ("Its first 3%, without fine-tuning", 0.03, ["--finetune", "0", "--no-compare"])],
+        "reuse": [("The whole training text", 1.0, [])]}
 ROWS = {"val_loss": "validation loss, last", "best_val_loss": "validation loss, best",
         "train_loss": "training loss, last", "tokens_per_second": "tokens/s",
-        "parameters": "parameters"}
-BELIEVE = {"ssa": """\
-"""}
+        "parameters": "parameters", "flops_per_token": "FLOPs a token, forward",
+        "cache_bytes_per_token": "cache, bytes a token"}
+BELIEVE = {"ssa": "", "reuse": ""}
 
 
 def machine():
@@ -62,7 +64,8 @@ def run(script, folder, out, seed, flags):
     if (out / "results.json").exists():
         command.append("--resume")
         results = json.loads((out / "results.json").read_text())
-        if len(results["arms"]) > 1 and all("sample" in arm for arm in results["arms"].values()):
+        arms = results["arms"].values()
+        if all("sample" in arm for arm in arms) and len(arms) > ("--no-compare" not in flags):
             return results
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return json.loads((out / "results.json").read_text())
@@ -89,9 +92,11 @@ def training(results):
     """Of every arm what results.json says of training; and the technique minus its twin."""
     rows = {}
     for key, name in ROWS.items():
+        if key not in results[0]["arms"]["technique"]:
+            continue
         found = {arm: [r["arms"][arm][key] for r in results] for arm in results[0]["arms"]}
         rows[name] = {arm: mean(numbers) for arm, numbers in found.items()}
-        if "loss" in key:
+        if "loss" in key and "dense" in found:
             pairs = zip(found["technique"], found["dense"])
             rows[name]["technique - dense"] = mean([a - b for a, b in pairs])
     return rows

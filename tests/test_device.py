@@ -13,7 +13,8 @@ META = torch.device("meta")
 
 def char(nano, **changes):
     """The size that a GPU trains by default."""
-    sizes = {f.name: f.metadata["sizes"]["char"] for f in dataclasses.fields(nano.Config) if f.metadata}
+    sizes = {f.name: f.metadata["sizes"]["char"] for f in dataclasses.fields(nano.Config)
+             if "char" in f.metadata.get("sizes", ())}
     return nano.Config(**{**sizes, "vocab_size": 65, **changes})
 
 
@@ -32,6 +33,8 @@ def training_step(nano, config, device, inputs):
     with torch.device(device):
         model = nano.GPT(config)
     adamw, muon = nano.configure_optimizers(model, config)
+    for group in adamw.param_groups:
+        group["fused"] = device != META  # which has no such kernels
     x = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=device)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     loss = model(x, x, **inputs)[1]

@@ -223,17 +223,17 @@ def test_the_ensemble_averages_probabilities(measured):
         logits = [model(x, paths=nano.draw_paths(config, 32, "draw", k))[0] for k in range(1, 5)]
         p = torch.stack(logits).double().softmax(-1)
         dense = model(x)[0].double().softmax(-1)
-    expected = {"dense": dense, **{f"ensemble of {k}": p[:k].mean(0) for k in range(1, 5)}}
+    expected = {"dense mode": dense, **{f"ensemble of {k}": p[:k].mean(0) for k in range(1, 5)}}
     for mode, found in nano.measure(config, run, model).items():
         loss = -expected.pop(mode).gather(-1, y[..., None]).log().mean().item()
-        assert found == {"loss": pytest.approx(loss, abs=1e-6)}, mode
+        assert found == {"best_val_loss": pytest.approx(loss, abs=1e-6)}, mode
     assert not expected
     assert nano.evaluate(config, run, model) == pytest.approx(
-        nano.measure(config, run, model)["dense"]["loss"], abs=1e-5), "the same text"
+        nano.measure(config, run, model)["dense mode"]["best_val_loss"], abs=1e-5), "the same text"
 
 
 def test_an_ensemble_of_equal_members_is_its_member(measured, monkeypatch):
     real = nano.draw_paths
     monkeypatch.setattr(nano, "draw_paths", lambda config, T, *where: real(config, T, "the same"))
     found = nano.measure(*measured)
-    assert found["ensemble of 4"]["loss"] == pytest.approx(found["ensemble of 1"]["loss"], abs=1e-6)
+    assert found["ensemble of 4"]["best_val_loss"] == pytest.approx(found["ensemble of 1"]["best_val_loss"], abs=1e-6)
