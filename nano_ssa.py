@@ -196,7 +196,7 @@ class Config:
     reduction: int = flag(4, "r: T/r sources are drawn for a query", least=1)
     sigma: float = flag(0.5, "spread of the local shuffle, in T/r")
     finetune: float = flag(0.15, "share of the steps, the last, dense", most=1)
-    draws: int = flag(2, "sub-models in the largest ensemble", free=True)
+    draws: int = flag(4, "sub-models in the largest ensemble", free=True)
     # the run
     size: str = flag("auto", "auto: tiny on a CPU, else char", ("auto", *SIZES))
     dataset: str = flag("auto", "a folder, or one of those in data/", free=True)
@@ -218,14 +218,14 @@ class Config:
     # training
     batch_size: int = flag((16, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
-    max_iters: int = flag((1100, 5000, 20000), "training steps", least=1)
+    max_iters: int = flag((1000, 5000, 20000), "training steps", least=1)
     learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
     muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
-    eval_interval: int = flag((550, 250, 500), "steps between evaluations", least=1)
-    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=1)
+    eval_interval: int = flag((500, 250, 500), "steps between evaluations", least=1)
+    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=4)
     # the sample at the end
     prompt: str = flag("", "text that it goes on from", free=True)
     sample_tokens: int = flag(256, "its length", free=True)
@@ -260,8 +260,8 @@ def parse_args(argv=None):
             sys.exit(f"error: there is no run of {SCRIPT}.py in {path.parent}")
         settings.update((name, value) for name, value in earlier["config"].items() if name in flags)
         settings.update(out_dir=str(path.parent), resume=False, eval_only=False)
-        fixed = {name for name in given if not flags[name].metadata["free"]}
-        print(f"{path.parent} keeps its own settings,", *fixed)
+        fixed = [name for name in given if not flags[name].metadata["free"]]
+        print(f"going on with {path.parent} and its own settings:", *fixed)
         given = {name: value for name, value in given.items() if name not in fixed}
     config = Config(**{**settings, **given, "size": settings["size"]})
 
@@ -374,7 +374,7 @@ class Data:
         halves = 2 if seen[::2].any() and not seen[1::2].any() else 1  # of 32-bit ids
         count = self.meta.setdefault(f"{split}_tokens", len(ids) // halves)
         if size != 2 * count or seen.max() >= vocab:
-            sys.exit(f"error: {path} has not {count:,} uint16 ids below {vocab:,}: prepare it")
+            sys.exit(f"error: {path}: no {count:,} uint16 ids below {vocab:,}; see data/prepare.py")
         return ids
 
     def put(self, x):
@@ -526,8 +526,9 @@ def train(config, run, folder, model):
         total.zero_()
     bar.close()
     val_losses = [line["val_loss"] for line in log]
+    quarter = replace(config, eval_tokens=config.eval_tokens // 4)
     return dict(val_loss=val_losses[-1], best_val_loss=min(val_losses), log=log,
-                train_loss=evaluate(config, run, model, "train"),
+                train_loss=evaluate(quarter, run, model, "train"),
                 tokens_per_second=int(np.median([line["tokens_per_second"] for line in log])),
                 parameters=sum(p.numel() for p in model.parameters()))
 
@@ -599,11 +600,11 @@ def write(path, content):
 # ---- Evaluation ----------------------------------------------------------------------------------
 @torch.no_grad()
 def measure(config, run, model):
-    """The same weights dense and as self-ensembles, on the text of evaluate().
+    """The same weights dense and as self-ensembles, on a quarter of the text.
 
     A draw is one sub-model, the same for all windows. An ensemble of K predicts the mean of K
     draws' probabilities: log p = logsumexp_k log p_k - log K."""
-    chunks = run.data.windows("val", config.eval_tokens)
+    chunks = run.data.windows("val", config.eval_tokens // 4)
     draws = range(1, config.draws + 1) if config.ssa != "off" else []
     losses = dict.fromkeys(["dense mode", *(f"ensemble of {k}" for k in draws)], 0.0)
 
@@ -622,7 +623,7 @@ def measure(config, run, model):
             loss = F.nll_loss((log_sum - math.log(k)).mT, y, reduction="sum")
             losses[f"ensemble of {k}"] += loss.item()
     tokens = sum(map(len, chunks)) * config.block_size
-    return {mode: {"best_val_loss": loss / tokens} for mode, loss in losses.items()}
+    return {mode: {"loss": loss / tokens} for mode, loss in losses.items()}
 
 
 def sample(config, run, model):
@@ -639,7 +640,7 @@ def main(argv=None):
     run = Run(config)
     data = run.data.meta
     config.vocab_size = data["vocab_size"]
-    if earlier and {**earlier["data"], "source": data["source"]} != data:
+    if earlier and {**earlier["data"], "source": ""} != {**data, "source": ""}:
         sys.exit(f"error: {run.data.folder} has other data than the run began with: see --dataset")
     out = [config.out_dir or time.strftime(f"out/{SCRIPT}/%m%d-%H%M%S")]
     if run.world > 1:  # clocks differ: all take the name of rank 0
@@ -653,7 +654,7 @@ def main(argv=None):
         if out.exists() and not earlier:
             sys.exit(f"error: {out} exists, and no run writes over another: name a new --out_dir")
         write(out / "results.json", json.dumps(results, indent=1))
-        print(f"{out}: {data['train_tokens']:,} tokens of {run.data.folder} ({data['source']})\n"
+        print(f"{out}: {data['train_tokens']:,} tokens, {run.data.folder} ({data.get('source')})\n"
               f"on {run.world} x {run.device}, {run.dtype} ({run.why})")
 
     configs = dict(technique=config)

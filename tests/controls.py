@@ -17,7 +17,7 @@ def load(nano, out, arm):
 
 
 @torch.no_grad()
-def ssa(nano, out, results, tokens=2**14, members=16):
+def ssa(nano, out, results, tokens=2**13, members=16):
     """Is an ensemble better for what its members know, or because averaging makes predictions less
     sure? Then a temperature, fitted on training text, gives dense mode as much, and right first
     choices (top-1) do not change. And does the dense twin gain by being subsampled, too?"""
@@ -38,12 +38,13 @@ def ssa(nano, out, results, tokens=2**14, members=16):
             sums.setdefault(name, []).append((loss, top1))
 
         fit = run.data.windows("train", tokens)
-        heats = [2 ** (n / 16) for n in range(-16, 17)]
+        heats = [2 ** (n / 8) for n in range(-8, 9)]
         losses = dict.fromkeys(heats, 0.0)
         for starts in fit:
             x, y = run.data.rows("train", starts)
+            dense = log_p(x)
             for heat in heats:
-                tempered = (log_p(x) / heat).log_softmax(-1)
+                tempered = (dense / heat).log_softmax(-1)
                 losses[heat] -= tempered.gather(-1, y[..., None]).double().sum().item()
         heat = min(losses, key=losses.get)
 
@@ -51,7 +52,7 @@ def ssa(nano, out, results, tokens=2**14, members=16):
         for starts in run.data.windows("val", tokens):
             x, y = run.data.rows("val", starts)
             score("dense mode", log_p(x), y, sums)
-            score("dense mode, temperature of training text", (log_p(x) / heat).log_softmax(-1), y, sums)
+            score("dense mode, best temperature on training text", (log_p(x) / heat).log_softmax(-1), y, sums)
             log_sum = torch.tensor(-math.inf, device=run.device)
             for k in range(1, members + 1):
                 member = log_p(x, k)

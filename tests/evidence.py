@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import controls  # noqa: E402
 
 # of each script: (title, share of the training text, flags)
-RUNS = {"ssa": [("The whole training text", 1.0, []), ("Its first 3%", 0.03, []),
-                ("Its first 3%, without fine-tuning", 0.03, ["--finetune", "0", "--no-compare"])],
+RUNS = {"ssa": [("The whole training text", 1.0, []),
+                ("Its first 3%", 0.03, ["--eval_interval", "100"])],
         "reuse": [("The whole training text", 1.0, [])]}
 ROWS = {"val_loss": "validation loss, last", "best_val_loss": "validation loss, best",
         "train_loss": "training loss, last", "tokens_per_second": "tokens/s",
@@ -64,8 +64,7 @@ def run(script, folder, out, seed, flags):
     if (out / "results.json").exists():
         command.append("--resume")
         results = json.loads((out / "results.json").read_text())
-        arms = results["arms"].values()
-        if all("sample" in arm for arm in arms) and len(arms) > ("--no-compare" not in flags):
+        if len(results["arms"]) > 1 and all("sample" in arm for arm in results["arms"].values()):
             return results
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return json.loads((out / "results.json").read_text())
@@ -96,10 +95,29 @@ def training(results):
             continue
         found = {arm: [r["arms"][arm][key] for r in results] for arm in results[0]["arms"]}
         rows[name] = {arm: mean(numbers) for arm, numbers in found.items()}
-        if "loss" in key and "dense" in found:
+        if "loss" in key:
             pairs = zip(found["technique"], found["dense"])
             rows[name]["technique - dense"] = mean([a - b for a, b in pairs])
     return rows
+
+
+def picture_reuse(results, target):
+    """How alike the maps of two layers are, in the dense twin: mean over the seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = [r["arms"]["dense"]["evaluation"] for r in results]
+    alike = np.mean([[list(row.values()) for row in f.values()] for f in found], 0)
+    figure, axes = plt.subplots(figsize=(4.6, 3.8))
+    image = axes.imshow(alike, vmin=0, vmax=1, cmap="viridis")
+    for (row, column), x in np.ndenumerate(alike):
+        axes.text(column, row, f"{x:.2f}", ha="center", va="center", color="white" if x < 0.6 else "black")
+    axes.set(xlabel="heads of layer", ylabel="best match of the heads of layer")
+    figure.colorbar(image, label="1 - total variation")
+    figure.savefig(target, dpi=110, bbox_inches="tight", facecolor="white")
+
+
+PICTURES = {"reuse": picture_reuse}
 
 
 def main():
@@ -114,8 +132,7 @@ def main():
     for title, share, flags in RUNS[args.script]:
         folder, results, found = part_of(corpus, share), [], []
         for seed in args.seeds:
-            name = "-".join([args.script, folder.name, *flags, str(seed)])
-            out = ROOT / "out" / "evidence" / name
+            out = ROOT / "out" / "evidence" / f"{args.script}-{folder.name}-{seed}"
             results.append(run(args.script, folder, out, seed, flags))
             found.append(controls.CONTROLS[args.script](nano, out, results[-1]))
         text += [f"## {title}", table(f"{len(args.seeds)} seeds", training(results))]
@@ -125,9 +142,12 @@ def main():
             text.append(table(caption, rows))
     command = "python tests/evidence.py " + " ".join(sys.argv[1:])
     text.append(f"Mean ± standard deviation over the seeds. `{command}`; {machine()}, "
-                f"torch {torch.__version__}, {results[0]['dtype']}.")
+                f"torch {torch.__version__}, {results[0]['device']}.")
     target = ROOT / "tests" / "results" / f"{args.script}.md"
     target.parent.mkdir(exist_ok=True)
+    if args.script in PICTURES:
+        PICTURES[args.script](results, target.with_suffix(".png"))
+        text.append(f"![{args.script}]({args.script}.png)")
     target.write_text("\n\n".join(part.strip() for part in text if part.strip()) + "\n", "utf-8")
     print(target.read_text(encoding="utf-8"))
 

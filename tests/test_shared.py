@@ -145,7 +145,7 @@ def bins(folder, train, val=None, dtype="<u2", meta=None):
 
 
 def chars(alphabet, **more):
-    return dict(tokenizer="char", alphabet=alphabet, vocab_size=len(alphabet), source="a test", **more)
+    return dict(tokenizer="char", alphabet=alphabet, vocab_size=len(alphabet), **more)
 
 
 IDS = np.arange(4000) * 7 % 43
