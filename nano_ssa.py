@@ -34,7 +34,10 @@ of them in its future.
     python nano_ssa.py                  # train, evaluate, sample: 2 minutes on 2 CPU cores
     python nano_ssa.py --compare        # and the dense twin, on the same data
 
-TABLE
+Default settings, 3 seeds, nats per character; ensembles help on 3% only (tests/results/ssa.md):
+                             SSA   dense twin   on the first 3%:   SSA   dense twin
+    validation, last       1.759        1.660                    2.857        4.197
+    validation, best       1.759        1.660                    2.524        2.416
 
 Chosen here, where abstract, figures and project page leave it open (there is no code of theirs):
  1. The local shuffle sorts the positions after adding Gaussian noise. Every query sees itself.

@@ -30,7 +30,16 @@ ROWS = {"val_loss": "validation loss, last", "best_val_loss": "validation loss, 
         "train_loss": "training loss, last", "tokens_per_second": "tokens/s",
         "parameters": "parameters", "flops_per_token": "FLOPs a token, forward",
         "cache_bytes_per_token": "cache, bytes a token"}
-BELIEVE = {"ssa": "", "reuse": ""}
+BELIEVE = {"ssa": """\
+- With enough text, SSA loses 0.098 ± 0.005 nats to the dense twin at equal steps.
+- With 3% of it, SSA overfits less: its last weights are 1.34 ahead. Stopped at the best evaluation
+  (every 100 steps) the twin is ahead by 0.11.
+- The self-ensemble gets better with its members. On all of the text dense mode stays far ahead of
+  it. On 3% the ensemble of SSA's best weights is ahead of their dense mode, in loss and in top-1,
+  and of the twin's dense mode (2.376 against 2.418; 38.7% against 36.8%). Temperature, fitted on
+  training text, explains none of that.
+- Not answered: whether SSA regularises better than tuned dropout, and what holds at larger sizes.
+""", "reuse": ""}
 
 
 def machine():
