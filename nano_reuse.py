@@ -31,7 +31,7 @@ hands up maps, one row each, and caches no keys for them. For one layer of width
       FLOPs a token, unmasked  24 C^2 + 4 T C     20 C^2 + 2 T C     20 C^2 + 4 T C
       cached numbers a token   2 C                C
 
-    python nano_reuse.py                # train, evaluate, sample: 2 minutes on 2 CPU cores
+    python nano_reuse.py                # train, evaluate, sample
     python nano_reuse.py --compare      # and the dense twin and a deeper model, on the same data
     python nano_reuse.py --reuse_heads 2 --reuse_layers 4                         # partial reuse
 
@@ -570,8 +570,8 @@ def configure_optimizers(model, config):
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal: a matrix learns in the directions of small gradients,
-    too, and in fewer steps than by AdamW (https://kellerjordan.github.io/posts/muon). torch.optim.
-    Muon goes matrix by matrix in bfloat16, slow on most CPUs; this takes all of a shape at once."""
+    too (https://kellerjordan.github.io/posts/muon). torch.optim.Muon goes matrix by matrix, in
+    bfloat16, which many CPUs emulate; this takes all of a shape at once."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         shapes = {}

@@ -31,7 +31,7 @@ of them in its future.
            7    #   #       o                          7              # o
                 S = {1, 3}                     shuffled = 1 2 | 0 3 | 5 4 | 7 6
 
-    python nano_ssa.py                  # train, evaluate, sample: 2 minutes on 2 CPU cores
+    python nano_ssa.py                  # train, evaluate, sample
     python nano_ssa.py --compare        # and the dense twin, on the same data
 
 Default settings, 3 seeds, nats per character; ensembles help on 3% only (tests/results/ssa.md):
@@ -549,8 +549,8 @@ def configure_optimizers(model, config):
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal: a matrix learns in the directions of small gradients,
-    too, and in fewer steps than by AdamW (https://kellerjordan.github.io/posts/muon). torch.optim.
-    Muon goes matrix by matrix in bfloat16, slow on most CPUs; this takes all of a shape at once."""
+    too (https://kellerjordan.github.io/posts/muon). torch.optim.Muon goes matrix by matrix, in
+    bfloat16, which many CPUs emulate; this takes all of a shape at once."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         shapes = {}

@@ -608,6 +608,13 @@ def test_ctrl_c_and_a_broken_compiler_end_in_a_sentence(small, tmp_path):
     assert process.returncode == 1 and "--resume" in err and "Traceback" not in err
 
 
+def test_dropout_has_a_key_of_its_own_in_every_micro_step(nano, small, monkeypatch):
+    seeds, real = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+    nano.main([*small, "--max_iters", "3", "--grad_accum", "2"])
+    assert len(set(seeds)) == len(seeds) == 3 * 2 + 2  # and of the weights, and of the sample
+
+
 def test_the_log_says_what_the_step_was(nano, small, tmp_path):
     nano.main(small)
     for line in log(tmp_path / "out"):
