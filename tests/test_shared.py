@@ -497,7 +497,8 @@ def test_two_processes_equal_two_micro_steps(small, tmp_path, corpus):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     two, = (tmp_path / "out" / "fork").iterdir()
-    nano_ssa.main([*argv, "--out_dir", str(tmp_path / "one")])
+    status, _, error = script([*argv, "--out_dir", str(tmp_path / "one")])  # with one thread as well
+    assert status == 0, error
     assert same_weights(weights(two), weights(tmp_path / "one")), "halves are exact"
     for a, b in zip(log(two), log(tmp_path / "one"), strict=True):
         assert a == pytest.approx(b, abs=1e-6)

@@ -450,15 +450,14 @@ def test_optimizers(evolve):
 
 @pytest.fixture(scope="module")
 def expressions(tmp_path_factory):
-    """data/listops with fewer expressions."""
+    """data/listops."""
     data = tmp_path_factory.mktemp("listops") / "data"
     data.mkdir()
     shutil.copy(ROOT / "data" / "prepare.py", data)
     spec = importlib.util.spec_from_file_location("prepare_listops", data / "prepare.py")
     prepare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(prepare)
-    prepare.LISTOPS_COUNTS = 2000, 300
-    assert prepare.main(["listops"]) == 0
+    prepare.main(["listops"])
     return data / "listops"
 
 
@@ -480,7 +479,7 @@ def value_of(words):
 def test_expressions_have_their_values(expressions):
     meta = json.loads((expressions / "meta.json").read_text())
     seen = set()
-    for split, count in ("val", 300), ("train", 2000):
+    for split, count in ("val", 2_000), ("train", 100_000):
         rows = np.fromfile(expressions / f"{split}.bin", "<u2").reshape(-1, 33)
         assert len(rows) == count and (np.bincount(rows[:, 0]) == count // 10).all()
         for value, *ids in rows.tolist():
@@ -490,7 +489,7 @@ def test_expressions_have_their_values(expressions):
             depth = np.cumsum([w.startswith("[") - (w == "]") for w in words])
             assert depth.max() <= 3 and depth.min() == 0 and (depth[:-1] > 0).all()
             seen.add(tuple(ids))
-    assert len(seen) == 2300, "no expression is there twice"
+    assert len(seen) == 102_000, "no expression is there twice"
     assert 0.15 < np.mean(rows[:, 1] == meta["words"].index("[SM")) < 0.35
 
 
@@ -504,7 +503,7 @@ def run_of(s, corpus):
 def test_batches_of_expressions(expressions):
     run = run_of(settings(task="listops"), expressions)
     raw = np.fromfile(expressions / "val.bin", "<u2").reshape(-1, 33)
-    assert run.data.windows("val").tolist() == list(range(300)) and run.data.windows("val", 640).tolist() == list(range(20))
+    assert run.data.windows("val").tolist() == list(range(2000)) and run.data.windows("val", 640).tolist() == list(range(20))
     x, y = run.data.rows("val", [3, 299])
     assert torch.equal(x, torch.from_numpy(raw[[3, 299], 1:].astype(int))) and y.tolist() == raw[[3, 299], 0].tolist()
     x, y = run.data.batch(5, 0)
