@@ -1,122 +1,66 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken", "tqdm", "pytest"]
+# dependencies = ["torch>=2.9,<2.14", "numpy", "tiktoken", "tqdm"]
 # ///
 """
-Mixture-of-Modules (MoM)
+Mixture-of-Modules (MoM), of "Mixture-of-Modules: Reinventing Transformers as Dynamic Assemblies of
+Modules", Gong, Lv, Guan, Yan, Wu and others, EMNLP 2024, https://arxiv.org/abs/2407.06677
 
-    "Mixture-of-Modules: Reinventing Transformers as Dynamic Assemblies of Modules"
-    Gong, Lv, Guan, Yan, Wu, Zhang, Huang, Zhao and Yan, EMNLP 2024, https://arxiv.org/abs/2407.06677
+A transformer sends every token through the same layers in the same order. Why? Take the layers
+apart: their attentions A and feed-forwards F, each with its LayerNorm, become a set of modules, and
+SKIP, which does nothing, joins them. Then let each token choose. In each of H rounds a router picks
+K attention modules for it, a second router K feed-forward modules, and what they return is added to
+the residual stream. A module serves in many rounds or in none: depth is not the number of layers.
 
-A transformer sends every token through the same layers in the same order. Why? Take the layers apart: their attentions and
-their feed-forwards, each with its own LayerNorm, become a set of modules, and SKIP, which does nothing, joins them. Then let
-every token choose. In each of H rounds a router picks K attention modules for the token, a second router K feed-forward
-modules, and what they return is added to the residual stream. A module may be used in many rounds, in one, or in none:
-depth is no longer the number of layers.
+    vanilla: every token       MoM: 4 rounds of the same modules, K = 1; the paths of three tokens
 
-      vanilla, depth 6                MoM, depth 9 of the same weights: the path of one token (K = 1)
+    layer 2     A2   F2        round 3    A2   F2       A2   SKIP     SKIP SKIP
+    layer 1     A1   F1        round 2    SKIP F1       A1   F0       SKIP SKIP
+    layer 0     A0   F0        round 1    A1   F1       SKIP F1       A2   F2
+                               round 0    A0   F0       A0   F2       A0   F0
 
-      layer 5   attention   FFN       layer 5   attention   FFN          modules: A0 A1 A2 A3, SKIP
-      layer 4          A3   F3        round 7          A1   F3                    F0 F1 F2 F3, SKIP
-      layer 3          A2   F2          ...           ...   ...
-      layer 2          A1   F1        round 2          A1   SKIP         the lowest and the highest layer
-      layer 1          A0   F0        round 1          A3   F0           stay as they are (--bottom, --top)
-      layer 0   attention   FFN       layer 0   attention   FFN
-
-    router          s' = GRU(x, s)     p = softmax((W s' + b) / tau)     S = the K most probable     g_i = p_i for i in S
-    attention       [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)       a_t = softmax(q_t k^T / sqrt(D) + causal) v
-                    y_t = sum_{i in S_t} g_i W_i^O a_t
+    router          s' = GRU(x, s)        p = softmax((W s' + b_r) / tau)           in round r
+                    S = the K most probable        g_i = p_i, for K > 1 divided by their sum over S
+    attention       [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)
+                    a = softmax(q k^T / sqrt(D) + causal) v       y_t = sum_{i in S_t} g_i W_i^O a_t
     feed-forward    y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t))
 
-One attention runs over all tokens; only its projections are those of each token's modules. Each router has a state s that
-goes from round to round of one token, so that it can remember the token's way. Training has two phases. The first trains a
-vanilla model, so that modules become different; the second takes it apart and trains modules and routers together, with
+Training has two phases. The first trains a vanilla model, so that modules become different; the
+second takes it apart and trains modules and routers. A balance loss E sum_e f_e P_e keeps a router
+from using one of its E candidates for everything: f_e is e's share of the picks, P_e its mean p.
 
-    loss = cross-entropy + 0.01 sum over both routers of E sum_e f_e P_e
+    python nano_mom.py                                # both phases, evaluation, sample
+    python nano_mom.py --compare                      # and vanilla, trained on for as many steps
+    python nano_mom.py --rounds 3 --route_k 2         # shallower: half the rounds, two modules each
+    python nano_mom.py --rounds 6 --candidates own    # layer skip; with --no-skip vanilla
+    python nano_mom.py --rounds 1 --no-skip           # a layer of a mixture of experts
+    python nano_mom.py --n_layer 1 --rounds 6         # Universal Transformer; ALBERT with --no-skip
 
-where f_e is the share of the picks that fell on candidate e, one of E (SKIP among them), and P_e its mean probability. It is
-1 when all are used alike and E when one takes all: it keeps a router from using one candidate for everything.
+Default settings, 3 seeds, nats per character (tests/results/mom.md):
+                              MoM     vanilla     random start of phase 2     --rounds 3 --route_k 2
+    validation              TABLE
+    FLOPs a token           TABLE
 
-A token pays for the matrices of the modules it chose, and of no other: tokens are sorted by module, multiplied and put back.
-Routers, and attention's scores, it pays for in every round. With --bottom 0 --top 0 some relatives are special cases:
-vanilla (--router fixed --rounds 6), shared layers as in a Universal Transformer without halting (--attn_modules 1
---ffn_modules 1 --skip off), one layer of a mixture of experts (--attn_modules 1 --rounds 1 --skip off).
-
-    python nano_mom.py                          # both phases, evaluation, sample; within 3 minutes on 2 CPU cores
-    python nano_mom.py --compare                # beside vanilla, a fixed order without routers, and a shallow assembly
-    python nano_mom.py --route_k 2 --gate renorm
-
-What we found. Tiny Shakespeare, 6 layers of 96, T = 64; 750 steps of phase 1, 750 of phase 2; 3 seeds, mean ± standard
-deviation, nats per character; x86-64 CPU, 1 thread, float32, torch 2.13.0 (README has the whole table and the sweep):
-
-    python tests/evidence.py nano_mom -- --max_iters 1500 --eval_interval 375
-
-                                 MoM, deeper         vanilla        fixed order      MoM, shallow
-    graph depth, of 6 layers          9                 6                9                2
-    validation loss            1.6465 ± 0.0101  1.5795 ± 0.0078  1.5783 ± 0.0072  1.7997 ± 0.0177
-    minus vanilla's            0.0670 ± 0.0061                  -0.0011 ± 0.0029  0.2202 ± 0.0142
-    training FLOPs a token          6.67M             4.46M            6.67M            2.76M
-    keys and values, bytes          6,912             4,608            6,912            1,536
-    SKIP: attention, FFN          21%, 23%                                            18%, 13%
-    the trained model on a part of the validation split, less some modules, not trained again:
-      all modules              1.5692 ± 0.0136                                    1.7252 ± 0.0188
-      without half the attention    1.5696                                            3.3013
-      without a quarter of the FFN  1.6056                                            1.7474
-      without all attention modules 1.5697
-      without all FFN modules       1.8457
-
-  - The paper's gain is not reproduced, at a scale far below the paper's and with choices of ours (3, 4, 8): choosing is
-    behind vanilla, and behind the same depth in a fixed order. Going through the same layers again gains nothing here
-    either. A vanilla model of two layers does as well as MoM's nine (1.651 ± 0.007) with 1.51M FLOPs.
-  - Routed attention is hardly used: in round 1, 93% of it goes to the 20% of tokens that skip, whose keys and values are 0.
-    Without SKIP it is used more, and the loss is the same (1.648 ± 0.011). Untrained routers have 1.655 ± 0.014.
-  - Shallow, attention is needed, and 62% of vanilla's FLOPs cost 0.22 nats.
-
-What it costs. python tests/bench.py mom, forward and backward of 2,048 tokens, K = 1, Intel Xeon at 2.5 GHz, 2 threads:
-
-                                      N = 2      N = 4      N = 8     every module on every token, N = 4     dense twin
-    feed-forward, width 384          79.2 ms    79.2 ms    89.4 ms                 272.3 ms                   67.4 ms
-    model, 6 rounds of width 384      814 ms     843 ms     905 ms                  2432 ms                    634 ms
-    model, 6 rounds of width 96       155 ms     167 ms     179 ms                   348 ms                     79 ms
-
-  Nothing was measured on a GPU yet.
-
-What is the paper's, what is its code's, and what is ours. Written from the abstract, summaries, and the authors' code
-(github.com/gzhch/Mixture-of-Modules); the paper's own equations were not at hand.
- 1. The paper's: modules, SKIP, two routers, H rounds, top-K, and the two phases.
- 2. Its code's: GRU routers that read the residual stream without LayerNorm; the unweighted sum of queries, keys and values,
-    with gates on the output projections; a temperature of 0.2; bottom and top layers; the weight 0.01 and Switch's form of
-    the balance loss.
- 3. Gates. The code divides p by its sum over the picks. With K = 1 that is 1, whatever the router does, and the
-    cross-entropy gives the router no gradient: this is refused here. The default is p itself, as in Switch.
- 4. Balance. The code takes the softmax of its probabilities once more and counts the first pick only. Here p is taken as it
-    is and all K picks count, pooled over rounds. As in the code SKIP is a candidate, so it is pushed to 1/(N+1), too.
- 5. A token that skips attention keeps a key and a value of zeros, as in the code: a sink, with a score of 0 and no content.
-    Here it comes to take nearly all of the routed attention (attention_to_skip in the results).
- 6. Phase 2 starts from all of phase 1's weights; the code leaves out the final LayerNorm. Dropout is on what a sublayer
-    adds; the code has none in its feed-forward modules.
- 7. One set of modules and two routers; the code can stack several (chunks), each followed by a plain layer. A router has a
-    state of 32 numbers instead of 256, and one output per candidate.
- 8. Which depths and K the paper's models had is not known to us. Beside GPT-2's 36 layers one has a graph more than 38%
-    deeper, one more than 60% less deep; ours are 50% deeper (9) and 67% less deep (2). Shallow's K = 2 is ours.
- 9. The dense arm is vanilla with phase 1, and then a new optimizer and schedule, as all arms: this costs it 0.026 (one seed,
-    1.546 without). Muon trains the modules, AdamW the routers.
+The modules, SKIP, two routers, H rounds, top-K and two phases are the paper's, whose own equations
+were not at hand. Its code's: GRU routers that read x itself, sums of queries, keys and values with
+no gates, a key and a value of 0 where a token skips, tau = 0.2, 0.01 for the balance loss. Ours:
+ 1. The code's gates are divided by their sum for K = 1 too: then they are 1, whatever the router
+    does, and give it no gradient. Here K = 1 has p itself, as in Switch.
+ 2. The code starts phase 2 with random routers, which scramble what phase 1 learned. Here b_r, a
+    learned bias, starts it on vanilla's path: the same modules, with gates a little below 1.
+ 3. The balance loss counts all K picks; the code's takes softmax(p), and the first pick only.
+ 4. One schedule of the learning rate for both phases, so vanilla only has to go on as well.
+ 5. All layers are modules; the code keeps some plain, and can stack several sets.
 """
 import argparse
-import contextlib
-import copy
-import dataclasses
-import difflib
-import hashlib
 import json
 import math
 import os
-import re
-import shutil
-import signal
+import random
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,425 +69,144 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: one dataclass, one flag a field
-# ---------------------------------------------------------------------------------------------------------------------
 
-# ==== shared: flags
-SCRIPT = Path(__file__).stem  # results and checkpoints name the script they belong to
-
-
-class UserError(ValueError):
-    """Something the user can put right; the message says what is wrong and what to do, and is all that is printed."""
-
-
-def flag(default, help, choices=None, least=None, most=None, free=False):
-    """A field of Settings: its line of help, the values it may take, and whether it may change after training (free)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most, free=free))
-
-
-def key(*parts):
-    """A 63-bit seed from numbers and names. Every random choice of a run is a function of such a key and nothing else:
-    no generator carries state from step to step, so a resumed run repeats exactly what the uninterrupted one drew."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-# ==== end shared
-
-
-@dataclasses.dataclass
-class Settings:
-    # the technique
-    attn_modules: int = flag(-1, "N_A: attention modules, from the first layers between bottom and top (-1: all)", least=-1)
-    ffn_modules: int = flag(-1, "N_F: feed-forward modules, likewise", least=-1)
-    rounds: int = flag(-1, "H: rounds of assembly (-1: a graph at least 38% deeper than vanilla)", least=-1)
-    route_k: int = flag(1, "K: modules that a token picks in a round, SKIP among them", least=1)
-    router: str = flag("gru", "who picks: a GRU, the same GRU untrained, or nobody (modules take turns)",
-                       choices=("gru", "fixed", "random"))
-    router_dim: int = flag(32, "R: width of a router's state", least=1)
-    gate: str = flag("prob", "weight of a picked module: its probability, or that divided by the sum over the picks",
-                     choices=("prob", "renorm"))
-    route_temperature: float = flag(0.2, "tau: the routers' logits are divided by it", least=1e-3)
-    balance: float = flag(0.01, "weight of the loss that spreads the tokens over the modules", least=0.0)
-    skip: bool = flag(True, "SKIP, which does nothing, is among the modules")
-    phase1: float = flag(0.5, "first share of the steps, which trains the vanilla model that the modules are taken from",
-                         least=0.0, most=1.0)
-    bottom: int = flag(1, "plain layers below the rounds", least=0)
-    top: int = flag(1, "plain layers above the rounds", least=0)
-
-    # ==== shared: settings
-    # the run
-    device: str = flag("auto", "cuda, cuda:N, mps or cpu; auto takes the first there is", free=True)
-    dtype: str = flag("auto", "of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), free=True)
-    compile: str = flag("auto", "torch.compile; auto: on CUDA, where it works", choices=("auto", "on", "off"), free=True)
-    size: str = flag("auto", "a preset for all that follows; auto: tiny on a CPU, else char",
-                     choices=("auto", "tiny", "char", "gpt2"))
-    dataset: str = flag("auto", "shakespeare_char, shakespeare, openwebtext, stdlib, or a folder that data/prepare.py made")
-    out_dir: str = flag("auto", "where results, checkpoints and logs go; auto: out/ and the script's name", free=True)
-    compare: bool = flag(False, "also train or measure what the technique is compared with, on the same data and budget", free=True)
-    seed: int = flag(1337, "decides initial weights, data order and every draw", least=0)
-    resume: bool = flag(False, "go on from the checkpoints in out_dir", free=True)
-    eval_only: bool = flag(False, "evaluate best.pt in out_dir, without training", free=True)
-    # the sample at the end
-    prompt: str = flag("\n", "text that the sample goes on from", free=True)
-    sample_tokens: int = flag(256, "length of the sample", least=0, free=True)
-    temperature: float = flag(0.8, "of the sample; 0 takes the likeliest token", least=0.0, free=True)
-    top_k: int = flag(0, "sample from the k likeliest tokens (0: from all)", least=0, free=True)
-    # the model
-    n_layer: int = flag(6, "transformer blocks", least=1)
-    n_head: int = flag(4, "attention heads", least=1)
-    n_embd: int = flag(96, "width of the residual stream", least=1)
-    block_size: int = flag(64, "context length T, in tokens", least=2)
-    dropout: float = flag(0.0, "dropout rate", least=0.0, most=0.99)
-    bias: bool = flag(False, "biases in linear layers and LayerNorms; on: exactly GPT-2's parameters")
-    # training
-    batch_size: int = flag(32, "sequences in a micro-batch of one process", least=1)
-    grad_accum: int = flag(1, "micro-batches of one process in a step", least=1)
-    max_iters: int = flag(480, "training steps", least=0)
-    optimizer: str = flag("muon", "muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all",
-                          choices=("muon", "adamw"))
-    learning_rate: float = flag(3e-3, "peak learning rate of AdamW", least=0.0)
-    muon_lr: float = flag(4e-2, "peak learning rate of Muon", least=0.0)
-    min_lr: float = flag(0.0, "learning rate at the last step; Muon's falls in proportion", least=0.0)
-    warmup_iters: int = flag(50, "steps of linear warm-up", least=0)
-    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only", least=0.0)
-    grad_clip: float = flag(1.0, "largest norm of the gradient (0: no limit)", least=0.0)
-    eval_interval: int = flag(240, "steps between evaluations, each followed by a checkpoint", least=1)
-    eval_tokens: int = flag(0, "tokens of the validation split to use (0: all of it)", least=0)
-    vocab_size: int = flag(65, None)  # no flag: the data decide
-
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, rule = getattr(self, f.name), f.metadata
-            if rule["choices"] and value not in rule["choices"]:
-                raise UserError(f"--{f.name} {value} is not one of {', '.join(rule['choices'])}")
-            if rule["least"] is not None and not value >= rule["least"]:
-                raise UserError(f"--{f.name} must be at least {rule['least']}, not {value}")
-            if rule["most"] is not None and not value <= rule["most"]:
-                raise UserError(f"--{f.name} must be at most {rule['most']}, not {value}")
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}: heads need one width")
-        if self.min_lr > self.learning_rate:
-            raise UserError(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: the rate only falls")
-        self.check()
-    # ==== end shared
-
-    def check(self):
-        free = self.n_layer - self.bottom - self.top
-        if free == self.attn_modules == self.ffn_modules == self.rounds == 0:  # the vanilla model
-            return
-        if free <= 0:
-            raise UserError(f"--bottom {self.bottom} and --top {self.top} leave none of --n_layer {self.n_layer} layers to take "
-                            "apart: use more layers, or a smaller --bottom and --top")
-        if self.rounds == 0:
-            raise UserError("--rounds must be at least 1 (-1: as many as make the graph at least 38% deeper)")
-        if self.rounds == -1:
-            self.rounds = max(1, math.ceil(1.38 * self.n_layer) - self.bottom - self.top)
-        for name in ("attn_modules", "ffn_modules"):
-            n = getattr(self, name)
-            if n == 0 or n > free:
-                raise UserError(f"--{name} {n}: modules are layers that phase 1 trained; of --n_layer {self.n_layer}, less "
-                                f"--bottom {self.bottom} and --top {self.top}, {free} are left: use 1 to {free}, -1 for all")
-            n = free if n == -1 else n
-            setattr(self, name, min(n, self.rounds) if self.router == "fixed" else n)  # as many as get a turn
-            if self.router != "fixed" and self.route_k > n + self.skip > 1:
-                raise UserError(f"--route_k {self.route_k} is more than there are: --{name} {n}{' and SKIP' * self.skip}")
-        if self.router == "fixed" and self.route_k > 1:
-            raise UserError(f"--router fixed takes one module a round: use --route_k 1, not {self.route_k}")
-        if self.router == "gru" and self.gate == "renorm" and self.route_k == 1:
-            raise UserError("--gate renorm with --route_k 1 makes every gate 1, and no gradient of the language model would "
-                            "reach the routers: use --gate prob, or --route_k 2")
-
-
-# ==== shared: command line
-SIZES = {  # a preset replaces these defaults of Settings; flags on the command line replace both
-    "tiny": dict(),
-    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
-                 max_iters=5000, warmup_iters=100, eval_interval=250, muon_lr=2e-2),
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, grad_accum=32, dataset="openwebtext",
-                 max_iters=20000, warmup_iters=500, eval_interval=500, eval_tokens=2**20, learning_rate=1e-3, muon_lr=2e-2),
-}
-
-
-def parse(argv=None):
-    """Settings from the command line: --name value or --name=value, switches take on|off."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message}; {SCRIPT}.py --help lists the flags")
-
-    def switch(text):
-        if text not in ("on", "off"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
-        return text == "on"
-
-    fields = [f for f in dataclasses.fields(Settings) if f.metadata["help"]]
-    parser = Parser(prog=f"{SCRIPT}.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields:
-        takes = dict(type=switch, metavar="on|off", nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        if f.metadata["choices"]:
-            takes["metavar"] = "|".join(f.metadata["choices"])
-        default = {True: "on", False: "off"}[f.default] if f.type is bool else repr(f.default)
-        presets = [f"{size} {values[f.name]}" for size, values in SIZES.items() if f.name in values]
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default {', '.join([default, *presets])})", **takes)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [f"--{f.name}" for f in fields], n=1, cutoff=0.5)
-        parser.error(f"there is no flag {name}" + (f" (did you mean {near[0]}?)" if near else ""))
-    given = vars(given)
-    if given.get("resume") or given.get("eval_only"):  # the settings of the run that goes on are the defaults
-        earlier = (earlier_run(out_folder(given.get("out_dir", "auto"))) or {}).get("settings", {})
-        given = {**{f.name: earlier[f.name] for f in fields
-                    if f.name in earlier and (not f.metadata["free"] or f.name == "compare")}, **given}
-    if given.get("size", "auto") == "auto":
-        given["size"] = "tiny" if pick_device(given.get("device", "auto")).type == "cpu" else "char"
-    return Settings(**{**SIZES.get(given["size"], {}), **given})
-
-
-def out_folder(name):
-    return Path(f"out/{SCRIPT.removeprefix('nano_')}" if name == "auto" else name).resolve()
-
-
-def earlier_run(out):
-    """results.json of the run in a folder, or None where there is none of this project's."""
-    try:
-        found = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        return found if found["script"].startswith("nano_") and isinstance(found["arms"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def pick_device(name):
-    """torch.device for --device; auto takes CUDA, then Apple's GPU, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"--device {name} is not one of auto, cuda, cuda:N, mps, cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this PyTorch finds no Apple GPU; use --device auto")
-    return device
-# ==== end shared
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The technique: tokens assemble their own path from a set of modules
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The technique: in every round each token picks the modules that it goes through -------------
 class Router(nn.Module):
-    """Picks modules for each token. What it remembers goes from round to round, not from token to token:
+    """Picks K of N modules and SKIP (candidate N) for each token, in each of H rounds.
 
-        s' = GRU(x, s)      p = softmax((W s' + b) / tau)      S = the K most probable of N modules and SKIP
-        gates   g_i = p_i   or, renorm,   g_i = p_i / sum_{j in S} p_j,   i in S
+    Its state s goes from round to round of one token, never to another token. Picking has no
+    gradient: a router learns through the gates of what it picked, and from the balance loss."""
 
-    The choice has no gradient; the router learns through the gates, and from the balance loss. In float32 also under
-    autocast, where bfloat16 could not tell close candidates apart.
-    """
-    adamw = True  # Muon is for the hidden matrices of the model
-
-    def __init__(self, s, n):
+    def __init__(self, config):
         super().__init__()
-        self.route_k, self.gate, self.temperature = s.route_k, s.gate, s.route_temperature
-        self.cell = nn.GRUCell(s.n_embd, s.router_dim)
-        self.out = nn.Linear(s.router_dim, n + s.skip)
-        self.requires_grad_(s.router != "random")
+        self.route_k, self.tau = config.route_k, config.tau
+        self.cell = nn.GRUCell(config.n_embd, config.router_dim)
+        self.out = nn.Linear(config.router_dim, config.n_layer + config.skip, bias=False)
+        nn.init.normal_(self.out.weight, std=0.02)  # so little that at first b_r decides
+        self.b = nn.ParameterList(vanillas_path(config).unbind())  # vectors, so AdamW's, no decay
 
-    def forward(self, x, state=None):
-        """Tokens (M, C), their router states (M, R) or None for zeros -> picks (M, K), gates (M, K), p (M, N+1), new
-        states. Pick i < N is module i, N is SKIP."""
-        with torch.autocast(x.device.type, enabled=False):
-            state = self.cell(x.to(self.out.weight.dtype), state)
-            p = F.softmax(self.out(state) / self.temperature, -1)
-        gates, picks = p.topk(self.route_k)
-        if self.gate == "renorm":
-            gates = gates / gates.sum(-1, keepdim=True)
+    def forward(self, x, state, r):
+        """Tokens (B, T, C), their states (B T, R), None in round 0, and the round ->
+        picks (B T, K), gates (B T, K), probabilities (B T, N + 1), new states (B T, R)."""
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell close ones apart
+            state = self.cell(x.flatten(0, 1), state)                        # s' = GRU(x, s)
+            p = ((self.out(state) + self.b[r]) / self.tau).softmax(-1)       # (W s' + b_r) / tau
+        gates, picks = p.topk(self.route_k)                                  # S, and g_i = p_i
+        if self.route_k > 1:
+            gates = gates / gates.sum(-1, keepdim=True)                      # p_i / sum_S p_j
         return picks, gates, p, state
 
 
-grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # its name before it became public
+def vanillas_path(config):
+    """b_r at the start of phase 2, (H, N + 1): the head start of each round's own modules, so that
+    tokens begin on vanilla's path. For N = 4 modules:
+
+        H = 6:  round 0 has module 0, ... 3 has 3, then 4 and 5 have SKIP, or, without SKIP, 0 and 1
+        H = 2:  round 0 has modules 0 and 1, round 1 has 2 and 3"""
+    N, H = config.n_layer, config.rounds
+    once = min(N, H)  # rounds to go through all modules once
+    turn = torch.arange(H) if config.skip else torch.arange(H) % once
+    own = turn[:, None] == torch.arange(N) * once // N                                      # (H, N)
+    b = torch.where(own, config.head_start, -math.inf if config.candidates == "own" else 0.0)
+    if config.skip:  # the second choice, for K > 1, or the first where no module has its turn
+        skip = torch.where(own.any(1), 0.1, 1.0) * config.head_start
+        b = torch.cat([b, skip[:, None]], 1)
+    return b
 
 
-def use_grouped_mm(x):
-    """Grouped matrix products exist for bfloat16 on CUDA, with rows that are multiples of 16 bytes."""
-    bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
-    return x.is_cuda and bf16 and x.size(-1) % 8 == 0
+def dispatch(picks, gates, blocks):
+    """Each block that a token picked, those tokens (m,), and its gates for them (m, 1).
+
+    picks, gates: (B T, K). Tokens are sorted by module, and those of SKIP, the last, left out."""
+    module, place = picks.flatten().sort(stable=True)
+    ends = torch.searchsorted(module, torch.arange(len(blocks), device=module.device), right=True)
+    places = place.tensor_split(ends.tolist())  # tolist waits for the device
+    return [(block, place // picks.size(1), gates.flatten()[place, None])
+            for block, place in zip(blocks, places) if len(place)]
 
 
-class Dispatch:
-    """The picks of one round as rows sorted by module: each module multiplies one block of rows, and SKIP has none.
+@torch.compiler.disable  # how many tokens a module gets is another number in every step
+def assembled_attention(x, picks, gates, blocks):
+    """One attention over all tokens, projected for each token by the modules that it picked.
 
-    A row is a token and one of its K slots. The same order serves all products of a sublayer. On a CPU there are R rows,
-    those with a module. With grouped, for CUDA, R = M K, so that nothing waits for the counts: SKIP's rows come last.
-    """
-
-    def __init__(self, picks, gates, n, grouped):
-        module, slot = picks.flatten().sort(stable=True)                                         # (M K,), by module
-        counts = (module[:, None] == torch.arange(n, device=picks.device)).sum(0)                # (N,)
-        if grouped:
-            self.ends, self.used = counts.cumsum(0, dtype=torch.int32), (counts > 0)[:, None, None]
-            self.real, module = (module < n)[:, None], module.clamp(max=n - 1)
-        else:
-            self.sizes = counts.tolist()
-            module, slot = module[:sum(self.sizes)], slot[:sum(self.sizes)]
-        self.tokens, self.module, self.token = len(picks), module, slot // picks.size(1)         # (R,)
-        self.gate = gates.flatten()[slot, None]                                                  # (R, 1)
-
-    def gather(self, x):
-        """(B, T, C) -> rows (R, C)."""
-        return x.flatten(0, 1).index_select(0, self.token)
-
-    def scatter(self, rows):
-        """(R, C) -> (M, C): what a token's picks returned, summed."""
-        return rows.new_zeros(self.tokens, rows.size(-1)).index_add(0, self.token, rows)
-
-
-class Layers:
-    """A linear layer of each of N modules, or several that read the same, after its LayerNorm or none: (R, in) -> (R, out).
-
-    On a CPU the modules take their blocks of rows in turn. With grouped, one grouped matrix product takes all. For it the
-    weights are stacked, once per forward, and a LayerNorm's gain and shift move into them:
-
-        W (gamma * n + beta) + b = (W gamma) n + (W beta + b)
-    """
-
-    def __init__(self, layers, norms, grouped):
-        self.layers, self.norms, self.grouped = layers, norms, grouped
-        if not grouped:
-            return
-        W = torch.stack([torch.cat([layer.weight for layer in module]) for module in layers])    # (N, out, in)
-        b = W.new_zeros(W.shape[:2])                                                             # (N, out)
-        if layers[0][0].bias is not None:
-            b = b + torch.stack([torch.cat([layer.bias for layer in module]) for module in layers])
-            if norms:
-                b = b + torch.stack([w @ norm.bias for w, norm in zip(W, norms)])
-        if norms:
-            W = W * torch.stack([norm.weight for norm in norms])[:, None]
-        device = W.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
-        self.W, self.b = W.to(dtype).transpose(1, 2), b.to(dtype)
-
-    def __call__(self, rows, d):
-        if self.grouped:
-            if self.norms:
-                rows = F.layer_norm(rows, rows.shape[-1:], eps=1e-5)
-            # The kernel leaves garbage in SKIP's rows, in y and in the gradient of its input, and may leave some in the
-            # gradient of weights that no row met (pytorch issues 154557, 172439): nothing of it gets past these three.
-            rows, W = torch.where(d.real, rows, 0).to(self.W.dtype), torch.where(d.used, self.W, 0)
-            return torch.where(d.real, grouped_mm(rows, W, offs=d.ends) + self.b[d.module], 0)
-        blocks = rows.split(d.sizes)
-        if self.norms:
-            blocks = [norm(block) for norm, block in zip(self.norms, blocks)]
-        found = [[layer(block) for layer in module] for module, block in zip(self.layers, blocks)]
-        return torch.cat([y[0] if len(y) == 1 else torch.cat(y, -1) for y in found])
-
-
-def assembled_heads(x, d, qkv, n_head):
-    """(B, T, C) -> queries, keys, values, each (B, heads, T, D): sums over what a token picked, without gates."""
-    B, T, C = x.shape
-    return d.scatter(qkv(d.gather(x), d)).view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
-
-
-def assembled_attention(x, picks, gates, qkv, out, n_head, dropout=0.0):
-    """One attention over all tokens, whose projections are those of the modules that each token picked.
-
-        [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)
-        a = softmax(q k^T / sqrt(D) + causal) v
-        y_t = sum_{i in S_t} g_i W_i^O a_t
-
-    x: (B, T, C); picks, gates: (B T, K); qkv, out: Layers of the modules. Returns (B, T, C). A query of one module meets
-    keys of others, head by head. A token that picked nothing but SKIP has q = k = v = 0 and y = 0, but others see its key:
-    a score of 0, and no content.
-    """
-    (B, T, C), d = x.shape, Dispatch(picks, gates, len(qkv.layers), qkv.grouped)
-    q, k, v = assembled_heads(x, d, qkv, n_head)
+    x: (B, T, C); picks, gates: (B T, K) -> y (B, T, C). Queries of one module meet keys of all. A
+    token that skips has y = 0, and a key and a value of 0, which others see."""
+    (B, T, C), first = x.shape, blocks[0].attn  # heads and dropout are the same in all
+    dropout = first.dropout if first.training else 0.0
+    rows = dispatch(picks, gates, blocks)
+    x = x.flatten(0, 1)
+    qkv = x.new_zeros(B * T, 3 * C)
+    for block, token, _ in rows:                    # [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)
+        h, attn = block.ln_1(x[token]), block.attn                                      # (m, C)
+        h = torch.cat([attn.c_q(h), attn.c_k(h), attn.c_v(h)], -1)                      # (m, 3 C)
+        qkv.index_add_(0, token, h.to(qkv.dtype))  # sums are float32, also under autocast
+    q, k, v = qkv.view(B, T, 3, first.n_head, -1).permute(2, 0, 3, 1, 4)        # (B, heads, T, D)
     a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    rows = out(d.gather(a.transpose(1, 2).flatten(2)), d)                                        # (R, C)
-    return d.scatter(rows * d.gate).view(B, T, C)  # gates and their sums are in float32
+    a = a.transpose(1, 2).reshape(B * T, C)
+    y = torch.zeros_like(x)
+    for block, token, gate in rows:                             # y_t = sum_{i in S_t} g_i W_i^O a_t
+        o = F.dropout(block.attn.c_proj(a[token]), dropout)                             # (m, C)
+        y.index_add_(0, token, gate * o)
+    return y.view(B, T, C)
 
 
-def assembled_mlp(x, picks, gates, fc, proj):
-    """y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t)). x: (B, T, C); picks, gates: (B T, K). Returns (B, T, C)."""
-    d = Dispatch(picks, gates, len(fc.layers), fc.grouped)
-    rows = proj(F.gelu(fc(d.gather(x), d), approximate="tanh"), d)                               # (R, 4C), then (R, C)
-    return d.scatter(rows * d.gate).view(x.shape)
+@torch.compiler.disable
+def assembled_mlp(x, picks, gates, blocks):
+    """y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t)).     x, y: (B, T, C); picks, gates: (B T, K)."""
+    x, shape = x.flatten(0, 1), x.shape
+    y = torch.zeros_like(x)
+    for block, token, gate in dispatch(picks, gates, blocks):
+        y.index_add_(0, token, gate * block.mlp(block.ln_2(x[token])))
+    return y.view(shape)
 
 
 def balance_loss(routes):
-    """E sum_e f_e P_e of one router: f_e is the share of all picks that fell on candidate e, P_e its mean probability, over
-    all tokens and rounds; SKIP is one of the E candidates. 1 when all are used alike, E when one takes all.
-    routes: [(picks (M, K), p (M, E)) of every round]."""
-    picks, p = (torch.stack(x) for x in zip(*routes))
+    """E sum_e f_e P_e of one router: f_e is candidate e's share of its picks, P_e its mean p. 1 if
+    all E are used alike, E if one takes all. routes: the router's (picks, p) of every round."""
+    picks, p = (torch.cat(each) for each in zip(*routes))              # (H B T, K) and (H B T, E)
     E = p.size(-1)
-    f = (picks[..., None] == torch.arange(E, device=p.device)).to(p.dtype).mean((0, 1, 2))
-    return E * (f * p.mean((0, 1))).sum()
+    f = F.one_hot(picks, E).to(p.dtype).mean((0, 1))
+    return E * (f * p.mean(0)).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model: GPT-2's blocks, plain or taken apart into modules
-# ---------------------------------------------------------------------------------------------------------------------
-
-# ==== shared: layers
+# ---- The model: GPT-2, whose layers can be taken apart -------------------------------------------
 class Attention(nn.Module):
-    """Dense causal self-attention: (B, T, C) -> (B, T, C). Three matrices instead of GPT-2's one, since Muon works on each."""
-
-    def __init__(self, s):
+    def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = s.n_head, s.dropout
-        self.c_q, self.c_k, self.c_v = (nn.Linear(s.n_embd, s.n_embd, bias=s.bias) for _ in range(3))
-        self.c_proj = nn.Linear(s.n_embd, s.n_embd, bias=s.bias)
-
-    def heads(self, x):
-        """(B, T, C) -> queries, keys, values, each (B, H, T, D)."""
-        D = x.size(-1) // self.n_head
-        return [m(x).unflatten(-1, (-1, D)).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v)]
-
-    def merge(self, y):
-        """(B, H, T, D) -> (B, T, C)."""
-        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        self.n_head, self.dropout = config.n_head, config.dropout
+        C = config.n_embd  # q, k, v apart, one matrix in GPT-2: Muon's steps are of whole matrices
+        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = self.heads(x)
-        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout * self.training))
+        qkv = self.c_q(x), self.c_k(x), self.c_v(x)                                     # (B, T, C)
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in qkv)  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), dropout)
 
 
 class MLP(nn.Module):
-    """GPT-2's feed-forward layer: (B, T, C) -> (B, T, C)."""
-
-    def __init__(self, s, hidden=None):
+    def __init__(self, config):
         super().__init__()
-        self.dropout = s.dropout
-        self.c_fc = nn.Linear(s.n_embd, hidden or 4 * s.n_embd, bias=s.bias)
-        self.c_proj = nn.Linear(hidden or 4 * s.n_embd, s.n_embd, bias=s.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
-
-
-def layer_norm(s):
-    return nn.LayerNorm(s.n_embd, eps=1e-5, bias=s.bias)
-
-
-def init_weights(model, s):
-    """GPT-2's: N(0, 0.02), and smaller by sqrt(2 n_layer) where a layer writes to the residual stream."""
-    for name, p in model.named_parameters():
-        if p.ndim == 2:
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * s.n_layer) if name.endswith("c_proj.weight") else 0.02)
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
-# ==== end shared
+        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
-    """A layer of GPT-2. Between bottom and top it only keeps an attention and a feed-forward module, or one of them."""
-
-    def __init__(self, s, attn=True, mlp=True):
+    def __init__(self, config):
         super().__init__()
-        self.ln_1, self.attn = (layer_norm(s), Attention(s)) if attn else (None, None)
-        self.ln_2, self.mlp = (layer_norm(s), MLP(s)) if mlp else (None, None)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.mlp = MLP(config)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
@@ -551,863 +214,580 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 whose layers between bottom and top are taken apart: its weights, under its names, and two routers."""
-
-    def __init__(self, s):
+    def __init__(self, config):
         super().__init__()
-        self.block_size, self.dropout, self.n_head = s.block_size, s.dropout, s.n_head
-        self.rounds, self.balance = s.rounds, s.balance if s.router == "gru" else 0.0
-        self.wte = nn.Embedding(s.vocab_size, s.n_embd)  # also the output head
-        self.wpe = nn.Embedding(s.block_size, s.n_embd)
-        inner, end = range(s.bottom, s.n_layer - s.top), s.n_layer - s.top
-        self.h = nn.ModuleList(Block(s, attn=i not in inner[s.attn_modules:], mlp=i not in inner[s.ffn_modules:])
-                               for i in range(s.n_layer))
-        self.ln_f = layer_norm(s)
-        init_weights(self, s)
-        self.bottom, self.attns, self.mlps, self.top = (
-            range(0, s.bottom), inner[:s.attn_modules], inner[:s.ffn_modules], range(end, s.n_layer))  # places in h
-        routed = lambda n: s.router != "fixed" and n and n + s.skip > 1  # there is something to choose
-        self.attn_router = Router(s, s.attn_modules) if routed(s.attn_modules) else None
-        self.mlp_router = Router(s, s.ffn_modules) if routed(s.ffn_modules) else None
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # these write to the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+        self.rounds, self.balance = config.rounds, config.balance
+        if self.rounds:  # made last, so that the other weights are the dense twin's
+            self.attn_router, self.mlp_router = Router(config), Router(config)
 
-    def states(self, idx, routes=None):
-        """Token ids (B, T) -> the residual stream (B, T, C) after the embedding and every layer and round, before ln_f.
-        routes: two lists, for attention and feed-forward; every round appends (picks, p), p None where modules take turns."""
-        x = [self.embed(idx)]
-        routes = ([], []) if routes is None else routes
-        for i in self.bottom:
-            x.append(self.h[i](x[-1]))
-        grouped, attns, mlps = use_grouped_mm(x[-1]), [self.h[i] for i in self.attns], [self.h[i] for i in self.mlps]
-        attend, feed = assembled_attention, assembled_mlp
-        if not grouped:  # rows of other shapes in every step: compiling these would not end
-            attend, feed = torch.compiler.disable(attend), torch.compiler.disable(feed)
-        if self.attn_router:
-            qkv = Layers([(m.attn.c_q, m.attn.c_k, m.attn.c_v) for m in attns], [m.ln_1 for m in attns], grouped)
-            out = Layers([(m.attn.c_proj,) for m in attns], None, grouped)
-        if self.mlp_router:
-            fc = Layers([(m.mlp.c_fc,) for m in mlps], [m.ln_2 for m in mlps], grouped)
-            proj = Layers([(m.mlp.c_proj,) for m in mlps], None, grouped)
+    def forward(self, idx, targets=None, routes=None):
+        """Token ids (B, T) -> logits (B, T, vocab) and, with targets, the mean loss in nats. In
+        training its gradient has that of the balance losses, too. With self.rounds = 0 this is
+        vanilla. routes: a list that gets the (picks, p) of every round, A's and then F's."""
+        x = self.drop(self.wte(idx) + self.wpe.weight[:idx.size(1)])
+        if self.rounds == 0:
+            for block in self.h:
+                x = block(x)
+        routes = [] if routes is None else routes
         attn_state = mlp_state = None
         for r in range(self.rounds):
-            y = x[-1]
-            if self.attn_router:
-                picks, gates, p, attn_state = self.attn_router(y.flatten(0, 1), attn_state)
-                z = attend(y, picks, gates, qkv, out, self.n_head, self.dropout * self.training)
-                y = y + F.dropout(z, self.dropout, self.training)
-            else:  # modules take turns
-                m, picks, p = attns[r % len(attns)], torch.full((y.size(0) * y.size(1), 1), r % len(attns)), None
-                y = y + m.attn(m.ln_1(y))
-            routes[0].append((picks, p))
-            if self.mlp_router:
-                picks, gates, p, mlp_state = self.mlp_router(y.flatten(0, 1), mlp_state)
-                z = feed(y, picks, gates, fc, proj)
-                y = y + F.dropout(z, self.dropout, self.training)
-            else:
-                m, picks, p = mlps[r % len(mlps)], torch.full((y.size(0) * y.size(1), 1), r % len(mlps)), None
-                y = y + m.mlp(m.ln_2(y))
-            routes[1].append((picks, p))
-            x.append(y)
-        for i in self.top:
-            x.append(self.h[i](x[-1]))
-        return x
-
-    def forward(self, idx, targets=None):
-        """Token ids (B, T) -> logits (B, T, vocab) and, with targets (B, T), the mean cross-entropy in nats; in training mode
-        (so also in the progress bar and in log.jsonl's train_loss) plus --balance times both routers' balance losses."""
-        routes = [], []
-        logits, loss = self.read_out(self.states(idx, routes)[-1], targets)
-        if loss is not None and self.training and self.balance:
-            loss = loss + self.balance * sum(balance_loss(route) for route, router in
-                                             zip(routes, (self.attn_router, self.mlp_router)) if router)
-        return logits, loss
-
-    # ==== shared: gpt
-    def embed(self, idx):
-        T = idx.size(1)
-        assert T <= self.block_size, f"{T} tokens do not fit into a context of {self.block_size}"
-        return F.dropout(self.wte(idx) + self.wpe.weight[:T], self.dropout, self.training)
-
-    def read_out(self, x, targets=None):
-        logits = F.linear(self.ln_f(x), self.wte.weight)
+            picks, gates, p, attn_state = self.attn_router(x, attn_state, r)
+            x = x + assembled_attention(x, picks, gates, self.h)
+            routes.append((picks, p))
+            picks, gates, p, mlp_state = self.mlp_router(x, mlp_state, r)
+            x = x + assembled_mlp(x, picks, gates, self.h)
+            routes.append((picks, p))
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # the embedding is also the output head
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        if self.rounds and self.training:
+            balance = self.balance * (balance_loss(routes[0::2]) + balance_loss(routes[1::2]))
+            loss = loss + (balance - balance.detach())  # it counts in the gradient only
+        return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=0, next_logits=None):
-        """Token ids (B, T) -> (B, T+n). Beyond block_size the model sees the last block_size tokens.
-        next_logits: a faster way from idx to the logits (B, vocab) of what follows, where there is one."""
+    def generate(self, idx, n, temperature=1.0):
+        """Go on from token ids (B, T) with n more, sampled one after the other."""
         for _ in range(n):
-            logits = (next_logits(idx) if next_logits else self(idx[:, -self.block_size:])[0][:, -1]).float()
-            if top_k:
-                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial(F.softmax(logits / temperature, -1), 1)
-            idx = torch.cat([idx, token], 1)
+            logits, _ = self(idx[:, -self.wpe.num_embeddings:])
+            p = (logits[:, -1].float() / max(temperature, 1e-5)).softmax(-1)
+            idx = torch.cat([idx, torch.multinomial(p, 1)], 1)
         return idx
-    # ==== end shared
 
 
-def dense_twin(s):
-    """The vanilla model: phase 1 trains it, and the modules are its layers."""
-    return GPT(settings_of("dense", s))
+# ---- Configuration: one flag a field -------------------------------------------------------------
+SCRIPT = Path(__file__).stem  # a copy under another name is a script of its own
+SIZES = ("tiny", "char", "gpt2")
 
 
-# ==== shared: data
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: token ids in train.bin and val.bin
-# ---------------------------------------------------------------------------------------------------------------------
+def flag(default, help, choices=None, least=0, most=math.inf, free=False):
+    """A field of Config; a tuple has a default for each size. free: a resumed run may change it."""
+    sizes = dict(zip(SIZES, default if isinstance(default, tuple) else [default]))
+    return field(default=sizes["tiny"], metadata=dict(help=help, choices=choices, least=least,
+                                                      most=most, free=free, sizes=sizes))
 
-DATA = Path(__file__).resolve().parent / "data"
+
+@dataclass
+class Config:
+    # the technique
+    rounds: int = flag((8, 8, 16), "H: rounds of assembly; 0: vanilla")
+    route_k: int = flag(1, "K: candidates that a token picks in a round", least=1)
+    skip: bool = flag(True, "SKIP, which does nothing, is a candidate")
+    candidates: str = flag("any", "or own: a round's own modules, SKIP", ("any", "own"))
+    head_start: float = flag(1.0, "of a round's own modules, in logits")
+    router_dim: int = flag(32, "R: width of a router's state", least=1)
+    tau: float = flag(0.2, "temperature of the routers", least=1e-3)
+    balance: float = flag(0.01, "weight of the balance loss")
+    phase1: float = flag(0.8, "share of the steps, the first, of vanilla", most=0.99)
+    # the run
+    size: str = flag("auto", "auto: tiny on a CPU, else char", ("auto", *SIZES))
+    dataset: str = flag("auto", "a folder, or one of those in data/", free=True)
+    out_dir: str = flag("", "of the run; by default a new one", free=True)
+    seed: int = flag(1337, "of weights, order of the data, draws")
+    resume: bool = flag(False, "go on with the latest run, or --out_dir", free=True)
+    eval_only: bool = flag(False, "only evaluate that run", free=True)
+    compare: bool = flag(False, "train the dense twin as well", free=True)
+    device: str = flag("auto", "cuda, cuda:1, mps, cpu", free=True)
+    dtype: str = flag("auto", "float32, bfloat16, float16",
+                      ("auto", "float32", "bfloat16", "float16"), free=True)
+    compile: str = flag("auto", "on, off; auto: on CUDA", ("auto", "on", "off"), free=True)
+    # the model
+    n_layer: int = flag((6, 6, 12), "transformer blocks", least=1)
+    n_head: int = flag((4, 6, 12), "attention heads", least=1)
+    n_embd: int = flag((96, 384, 768), "width of the residual stream", least=1)
+    block_size: int = flag((64, 256, 1024), "context length T, in tokens", least=1)
+    dropout: float = flag((0.0, 0.2, 0.0), "dropout rate", most=1)
+    # training
+    batch_size: int = flag((16, 64, 16), "sequences in a micro-step", least=1)
+    grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
+    max_iters: int = flag((1000, 5000, 20000), "training steps", least=1)
+    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
+    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
+    warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
+    weight_decay: float = flag(0.1, "decoupled, of matrices only")
+    grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
+    eval_interval: int = flag((500, 250, 500), "steps between evaluations", least=1)
+    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=4)
+    # the sample at the end
+    prompt: str = flag("", "text that it goes on from", free=True)
+    sample_tokens: int = flag(256, "its length", free=True)
+    temperature: float = flag(0.8, "0 takes the likeliest token", free=True)
+    vocab_size: int = 0  # no flag: the data decide
 
 
-def find_data(name):
-    """The folder of a prepared corpus; the known corpora are prepared where they are absent."""
-    wanted = "shakespeare_char" if name == "auto" else name
-    for folder in (DATA / wanted, Path(wanted)):
-        if (folder / "train.bin").exists():
-            return folder
-    if wanted not in ("shakespeare_char", "shakespeare", "openwebtext", "stdlib", "listops"):
-        raise UserError(f"--dataset {name}: there is no train.bin in {DATA / wanted}; "
-                        f"python data/prepare.py --text FILE --name {name} makes one of a text of yours")
-    if not (DATA / "prepare.py").exists():
-        raise UserError(f"{DATA / 'prepare.py'} is missing: copy it from where you got {SCRIPT}.py, it prepares the data")
-    done = subprocess.run([sys.executable, DATA / "prepare.py", wanted], text=True,
-                          stderr=subprocess.PIPE if name == "auto" else None)
-    if done.returncode == 0:
-        return DATA / wanted
+def parse_args(argv=None):
+    """The configuration, and results.json of the run that goes on: it keeps what is not free."""
+    flags = {f.name: f for f in fields(Config) if f.metadata}
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")
+    parser.format_help = lambda: help_text(flags)
+    for name, f in flags.items():
+        if f.type is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(f"--{name}", type=f.type, choices=f.metadata["choices"])
+    given, earlier = vars(parser.parse_args(argv)), {}
+    size = given.get("size", "auto")
+    if size == "auto":
+        size = "tiny" if pick_device(given.get("device", "auto")).type == "cpu" else "char"
+    settings = {name: f.metadata["sizes"].get(size, f.default) for name, f in flags.items()}
+    settings["size"] = size
+    if given.get("resume") or given.get("eval_only"):
+        runs = Path("out", SCRIPT).glob("*/results.json")
+        path = max(runs, key=os.path.getmtime, default=Path("out", SCRIPT, "results.json"))
+        if "out_dir" in given:
+            path = Path(given["out_dir"], "results.json")
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        if earlier.get("script") != SCRIPT:
+            sys.exit(f"error: there is no run of {SCRIPT}.py in {path.parent}")
+        settings.update((name, value) for name, value in earlier["config"].items() if name in flags)
+        settings.update(out_dir=str(path.parent), resume=False, eval_only=False)
+        fixed = [name for name in given if not flags[name].metadata["free"]]
+        print(f"going on with {path.parent} and its own settings:", *fixed)
+        given = {name: value for name, value in given.items() if name not in fixed}
+    config = Config(**{**settings, **given, "size": settings["size"]})
+
+    for name, f in flags.items():
+        value, least, most = getattr(config, name), f.metadata["least"], f.metadata["most"]
+        if f.type in (int, float) and not least <= value <= most:
+            sys.exit(f"error: --{name} {value} must be a number from {least} to {most}")
+    if config.n_embd % config.n_head:
+        sys.exit(f"error: --n_embd {config.n_embd} is not divisible by --n_head {config.n_head}")
+    most = 1 if config.candidates == "own" else config.n_layer + config.skip
+    if config.rounds and config.route_k > most:
+        sys.exit(f"error: --route_k {config.route_k} must be at most {most}, all the candidates")
+    return config, earlier
+
+
+def help_text(flags):
+    rows = {}
+    for name, f in flags.items():
+        sizes = {size: str(f.metadata["sizes"].get(size, f.default)) for size in SIZES}
+        rows[f"--{name}"] = {**sizes, "": f.metadata["help"]}
+    return f"{SCRIPT}.py [--flag value | --flag=value | --flag | --no-flag] ...\n{table(rows)}\n"
+
+
+def table(rows):
+    """Aligned lines of {row: {column: text or number}}; a row may lack columns."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    lines = [["", *columns]]
+    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    lines = [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def pick_device(name):
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found else "cpu"
+    if name == "cuda":  # under torchrun every process has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        sys.exit(f"error: --device {name}: {str(e).splitlines()[0]}")
+
+
+def pick_dtype(name, device):
+    """The dtype of matrix products, and the reason for it."""
     if name != "auto":
-        raise UserError(f"--dataset {name} could not be prepared, see above")
-    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1].removeprefix("error: ")
-    print(f"Shakespeare is not to be had here ({reason}): training on the source of Python's standard library instead")
-    return find_data("stdlib")
+        return getattr(torch, name), "as asked"
+    if device.type != "cuda":
+        return torch.float32, f"the default on {device.type}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "native on this GPU"
+    return torch.float16, "this GPU only emulates bfloat16"
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+def key(*parts):
+    """A seed of the run's seed, what it is for, and when. So no generator has a state to resume."""
+    return random.Random(repr(parts)).getrandbits(63)
+
+
+def find_data(config):
+    """The folder of a corpus; data/prepare.py makes it where it is absent."""
+    data, names = Path(__file__).resolve().parent / "data", [config.dataset]
+    if config.dataset == "auto":  # without a network, the source of Python's standard library
+        names = ["openwebtext"] if config.size == "gpt2" else ["shakespeare_char", "stdlib"]
+    for name in names:
+        for folder in (data / name, Path(name)):
+            if (folder / "train.bin").exists():
+                return folder
+        if "RANK" in os.environ:  # under torchrun the other processes would wait, perhaps for hours
+            sys.exit(f"error: first python data/prepare.py {name}, then torchrun")
+        if subprocess.call([sys.executable, data / "prepare.py", name]) == 0:
+            return data / name
+    sys.exit(f"error: --dataset {config.dataset} could not be prepared, see above")
 
 
 class Data:
-    """Batches of token ids from one corpus. A small corpus lives on the device, a large one stays on disk."""
+    """Token ids of a corpus, which stay on disk."""
 
-    def __init__(self, s, device):
-        self.folder = find_data(s.dataset)
-        self.name, self.device = self.folder.name, device
-        self.seed, self.batch_size, self.T = s.seed, s.batch_size, s.block_size
-        meta = dict(tokenizer="gpt2", vocab_size=50257)  # of bins that come without a description
-        try:
-            if (self.folder / "meta.json").exists() or (self.folder / "meta.pkl").exists():  # nanoGPT's pickle is not read
-                meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.vocab_size, self.alphabet = meta["vocab_size"], meta["alphabet"] if meta["tokenizer"] == "char" else None
-            if self.alphabet is not None and len(self.alphabet) != self.vocab_size or meta["tokenizer"] not in ("char", "gpt2"):
-                raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
-            self.refuse("meta.json", "is absent or does not describe a corpus")
-        self.train, self.val = (self.read(split, meta.get(f"{split}_tokens")) for split in ("train", "val"))
-        if self.alphabet is not None:
-            ids = {c: i for i, c in enumerate(self.alphabet)}
-            self.encode = lambda text: [ids[c] for c in text]
-            self.decode = lambda tokens: "".join(self.alphabet[t] for t in tokens)
+    def __init__(self, config, device):
+        self.folder, self.device, self.T = find_data(config), device, config.block_size
+        self.meta = dict(tokenizer="gpt2", vocab_size=50257, source="no meta.json: GPT-2's tokens?")
+        if (self.folder / "meta.json").exists():
+            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        elif (self.folder / "meta.pkl").exists():
+            sys.exit(f"error: {self.folder}/meta.pkl is not read: data/prepare.py --text FILE")
+        self.ids = {split: self.load(split) for split in ("train", "val")}
+        if self.meta["tokenizer"] == "char":
+            alphabet = self.meta["alphabet"]
+            if unknown := set(config.prompt) - set(alphabet):
+                sys.exit(f"error: --prompt has {unknown}, but the alphabet is {alphabet!r}")
+            self.encode = lambda text: [alphabet.index(c) for c in text]
+            self.decode = lambda ids: "".join(alphabet[i] for i in ids)
         else:
             try:
-                bpe = tiktoken.get_encoding("gpt2")
-            except (OSError, ValueError) as e:  # no network, or not GPT-2's files
-                raise UserError(f"tiktoken cannot load GPT-2's vocabulary ({type(e).__name__}): connect to the network once, "
-                                "or set TIKTOKEN_CACHE_DIR to a folder that holds it")
-            self.encode, self.decode = bpe.encode_ordinary, bpe.decode
+                bpe = tiktoken.get_encoding(self.meta["tokenizer"])
+            except (OSError, ValueError):
+                sys.exit(f"error: no {self.meta['tokenizer']} for tiktoken: go online once, or let "
+                         "TIKTOKEN_CACHE_DIR name a folder that holds it")
+            self.encode = lambda text: bpe.encode(text, allowed_special="all")
+            # a vocabulary may be padded: ids beyond the tokenizer's have no text
+            self.decode = lambda ids: bpe.decode([i for i in ids if i < bpe.n_vocab])
 
-    def refuse(self, file, what):
-        raise UserError(f"{self.folder / file} {what}: prepare {self.name} again with data/prepare.py")
-
-    def read(self, split, tokens):
-        path = self.folder / f"{split}.bin"
+    def load(self, split):
+        path, vocab = self.folder / f"{split}.bin", self.meta["vocab_size"]
         size = path.stat().st_size if path.exists() else 0
-        if size == 0 or size % 2 or tokens not in (None, size // 2):
-            self.refuse(path.name, f"has {size} bytes" + (f" where meta.json says {2 * tokens}" if tokens else ""))
-        if size // 2 <= self.T:
-            raise UserError(f"{path} has {size // 2} tokens, too few for a context of {self.T}: use a smaller --block_size")
-        ids = np.memmap(path, dtype="<u2", mode="r")
-        return ids if size > 2**28 else torch.from_numpy(self.check(ids, split).astype(np.int32)).to(self.device)
-
-    def check(self, ids, split):
-        if ids.max() >= self.vocab_size:
-            self.refuse(f"{split}.bin", f"holds token id {ids.max()}, beyond the vocabulary of {self.vocab_size} in meta.json")
+        if size <= 2 * self.T:
+            sys.exit(f"error: {path} has {size // 2} tokens, too few for --block_size {self.T}")
+        ids = np.memmap(path, dtype="<u2", mode="r", shape=size // 2)
+        seen = ids[:2**27]
+        halves = 2 if seen[::2].any() and not seen[1::2].any() else 1  # of 32-bit ids
+        count = self.meta.setdefault(f"{split}_tokens", len(ids) // halves)
+        if size != 2 * count or seen.max() >= vocab:
+            sys.exit(f"error: {path}: no {count:,} uint16 ids below {vocab:,}; see data/prepare.py")
         return ids
 
+    def put(self, x):
+        x = torch.as_tensor(x)
+        if self.device.type == "cuda":  # through pinned memory, so that nothing waits for the copy
+            return x.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
+
     def rows(self, split, starts):
-        """Inputs and targets (rows, T) at these offsets of a split, on the device, without waiting for it."""
-        ids = getattr(self, split)
-        if isinstance(ids, np.memmap):
-            rows = self.check(np.stack([ids[i:i + self.T + 1] for i in starts]), split)
-            rows = to_device(torch.from_numpy(rows.astype(np.int64)), self.device)
-        else:
-            starts = to_device(torch.as_tensor(starts), self.device)
-            rows = ids[starts[:, None] + torch.arange(self.T + 1, device=self.device)].long()
+        """Inputs and targets, (len(starts), T) each, at these offsets of a split."""
+        at = starts[:, None] + np.arange(self.T + 1)
+        rows = self.put(self.ids[split][at].astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
-    def batch(self, step, turn):
-        """A training batch, a function of (seed, step, turn) alone; turn = rank * grad_accum + micro-step."""
-        order = np.random.default_rng(key(self.seed, "batch", step, turn))
-        return self.rows("train", order.integers(len(self.train) - self.T, size=self.batch_size))
+    def order(self, config):
+        """Offsets of all sequences of the training, (max_iters, grad_accum, batch_size). An epoch
+        goes through the text once, but for its end, in windows that are shuffled, and cut anew."""
+        T, tokens = self.T, len(self.ids["train"])
+        shape = config.max_iters, config.grad_accum, config.batch_size
+        n = max(1, tokens // T - 1)  # windows in an epoch
+        epochs = []
+        for epoch in range(math.ceil(math.prod(shape) / n)):
+            rng = np.random.default_rng(key(config.seed, "epoch", epoch))
+            epochs.append(rng.permutation(n) * T + rng.integers(min(T, tokens - n * T)))
+        return np.concatenate(epochs)[:math.prod(shape)].reshape(shape)
 
-    def windows(self, split, tokens=0):
-        """Offsets of the fixed, disjoint windows that cover a split, or its first tokens."""
-        starts = np.arange(0, len(getattr(self, split)) - self.T, self.T)
-        return starts[:max(1, tokens // self.T)] if tokens else starts
-
-
-def to_device(x, device):
-    """A CPU tensor on the device; to CUDA through pinned memory, so that the loop does not wait for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-@torch.no_grad()
-def evaluate(run, model, split="val", tokens=0, **inputs):
-    """Mean cross-entropy in nats over fixed windows, shared out among the processes. Dropout is off."""
-    starts = run.data.windows(split, tokens)
-    total = torch.zeros(2, dtype=torch.float64, device="cpu" if run.device.type == "mps" else run.device)
-    was_training = model.training
-    model.eval()
-    for at in range(run.rank * run.settings.batch_size, len(starts), run.world * run.settings.batch_size):
-        x, y = run.data.rows(split, starts[at:at + run.settings.batch_size])
-        with run.autocast():
-            loss = model(x, y, **inputs)[1]
-        total += torch.stack([loss * len(x), torch.full_like(loss, len(x))]).to(total.device).double()
-    model.train(was_training)
-    if run.world > 1:
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-# ==== end shared
+    def windows(self, split, tokens):
+        """Offsets of disjoint windows, of a split or its first tokens, at most 2^27 logits."""
+        starts = np.arange(0, len(self.ids[split]) - self.T, self.T)[:math.ceil(tokens / self.T)]
+        at_a_time = max(1, min(2**13, 2**27 // self.meta["vocab_size"]) // self.T)
+        return np.split(starts, range(at_a_time, len(starts), at_a_time))
 
 
-# ==== shared: training
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass
+# ---- Training ------------------------------------------------------------------------------------
 class Run:
-    """Where and on what this process works."""
-    settings: Settings
-    device: torch.device
-    dtype: torch.dtype
-    why: str  # the reason for dtype
-    rank: int
-    world: int
-    data: Data = None
-    out: Path = None
-    lock: object = None
+    """This process with its device and data; under torchrun it joins the others."""
+
+    def __init__(self, config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if config.grad_accum % self.world:
+            sys.exit(f"error: {self.world} processes cannot share --grad_accum {config.grad_accum}")
+        self.device = pick_device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32
+        self.dtype, self.why = pick_dtype(config.dtype, self.device)
+        self.data = Data(config, self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def print(self, *lines):
-        if self.rank == 0:
-            print(*lines, sep="\n", flush=True)
+
+@torch.no_grad()
+def evaluate(config, run, model, split="val"):
+    """Mean loss in nats over fixed windows, without dropout."""
+    chunks = run.data.windows(split, config.eval_tokens)
+    total = 0.0
+    model.eval()
+    for starts in chunks:
+        x, y = run.data.rows(split, starts)
+        with run.autocast():
+            total += model(x, y)[1].item() * len(x)
+    model.train()
+    return total / sum(map(len, chunks))
 
 
-def pick_dtype(name, device):
-    """(torch.dtype, why): bfloat16 where the device has it natively, else float16 on CUDA, else float32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "float16" and device.type != "cuda":
-        raise UserError("--dtype float16 needs CUDA: use bfloat16 or float32")
-    if name != "auto":
-        return getattr(torch, name), "asked for"
-    if native:
-        return torch.bfloat16, "native on this GPU"
-    if device.type == "cuda":
-        return torch.float16, "this GPU only emulates bfloat16; the loss is scaled"
-    return torch.float32, f"the default on {device.type}"
+def get_lr(config, step, peak):
+    """Linear warm-up, over a tenth of the steps at most, then linear down to 0."""
+    warmup = min(config.warmup_iters, config.max_iters // 10)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * (config.max_iters - step) / (config.max_iters - warmup)
 
 
-def make_optimizers(model, s, device):
-    """Muon for the hidden matrices; AdamW for embeddings (which are the head too), norms, biases and modules with an
-    attribute adamw."""
-    others = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or hasattr(m, "adamw") for p in m.parameters()}
-    params = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in params if p.ndim >= 2]
-    hidden = [p for p in matrices if p.ndim == 2 and id(p) not in others] if s.optimizer == "muon" else []
-    taken = {id(p) for p in hidden}
-    groups = [dict(params=[p for p in matrices if id(p) not in taken], weight_decay=s.weight_decay),
-              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(0.9, 0.99),
-                                    fused=device.type != "mps")]
-    if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=s.muon_lr, weight_decay=s.weight_decay))
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["peak_lr"] = group["lr"]
-    return optimizers
+def train(config, run, folder, model):
+    """Train, or go on from folder/ckpt.pt, which holds all that this takes."""
+    adamw, muon = configure_optimizers(model, config)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    parts = dict(model=model, adamw=adamw, muon=muon, scaler=scaler)
+    first, log = 0, []
+    if (folder / "ckpt.pt").exists():
+        saved = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
+        first, log = saved["step"], saved["log"]
+        for name, part in parts.items():
+            if saved[name]:  # a float32 run has an empty scaler
+                part.load_state_dict(saved.pop(name))
+    compiled = config.compile == "on" or (config.compile == "auto" and run.device.type == "cuda")
+    net = torch.compile(model) if compiled else model
+    if run.world > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False,
+                                                  find_unused_parameters=config.rounds > 0)
+    switch = int(config.phase1 * config.max_iters) if config.rounds else 0  # phase 2 begins
+    bar = tqdm(total=config.max_iters, initial=first, mininterval=1, disable=run.rank > 0)
+    order = run.data.order(config)
+    since, clock = first, time.perf_counter()   # the last evaluation
+    total = torch.zeros((), device=run.device)  # of the losses since then
+
+    for step in range(first, config.max_iters):
+        for optimizer, peak in ((adamw, config.learning_rate), (muon, config.muon_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(config, step, peak)
+
+        model.rounds = config.rounds if step >= switch else 0  # in phase 1 vanilla
+        for micro_step in range(run.rank, config.grad_accum, run.world):
+            x, y = run.data.rows("train", order[step, micro_step])
+            torch.manual_seed(key(config.seed, "dropout", step, micro_step))
+            if run.world > 1:  # processes average their gradients after their last micro-step
+                net.require_backward_grad_sync = micro_step + run.world >= config.grad_accum
+            with run.autocast():
+                loss = net(x, y)[1] / config.grad_accum
+            scaler.scale(loss * run.world).backward()
+            total += loss.detach()
+
+        scaler.unscale_(adamw)
+        scaler.unscale_(muon)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        # float16 may overflow; then neither may step. To see that, the loop waits for the device
+        if run.dtype != torch.float16 or norm.isfinite():
+            scaler.step(adamw)
+            scaler.step(muon)
+        scaler.update()
+        model.zero_grad(set_to_none=True)
+
+        done = step + 1
+        if bar.update():  # drawn, at most once a second: here the loop waits for the device as well
+            bar.set_postfix_str(f"loss {run.world * total.item() / (done - since):.3f}", False)
+        if done % config.eval_interval and done not in (switch, config.max_iters):
+            continue
+        if run.world > 1:
+            dist.all_reduce(total)
+        train_loss = total.item() / (done - since)
+        speed = (done - since) * order[0].size * run.data.T / (time.perf_counter() - clock)
+        val_loss = evaluate(config, run, model)
+        if not math.isfinite(val_loss):
+            sys.exit(f"error: loss {val_loss} after step {done}: lower the learning rates")
+        log.append(dict(step=done, train_loss=train_loss, val_loss=val_loss, grad_norm=norm.item(),
+                        learning_rate=adamw.param_groups[0]["lr"], tokens_per_second=round(speed)))
+        if done == switch:
+            model.rounds = config.rounds
+            log[-1]["routed_loss"] = evaluate(config, run, model)  # with the same weights
+        if run.rank == 0:
+            bar.write(f"{folder.name} {done}: loss {train_loss:.4f}, validation {val_loss:.4f}")
+            write(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            phase2 = [line["val_loss"] for line in log if line["step"] > switch]
+            if phase2 and val_loss == min(phase2):
+                write(folder / "best.pt", dict(config=asdict(config), model=state["model"]))
+            write(folder / "ckpt.pt", dict(step=done, log=log, config=asdict(config), **state))
+        since, clock = done, time.perf_counter()
+        total.zero_()
+    bar.close()
+    val_losses = [line["val_loss"] for line in log if line["step"] > switch]
+    quarter = replace(config, eval_tokens=config.eval_tokens // 4)
+    return dict(val_loss=val_losses[-1], best_val_loss=min(val_losses), log=log,
+                train_loss=evaluate(quarter, run, model, "train"),
+                tokens_per_second=int(np.median([line["tokens_per_second"] for line in log])),
+                parameters=sum(p.numel() for p in model.parameters()))
 
 
-def lr_factor(s, step, span=None):
-    """Share of the peak learning rate: linear warm-up, then a cosine down to min_lr at the last step of the span."""
-    first, last = span or (0, s.max_iters)
-    if step - first < s.warmup_iters:
-        return (step - first + 1) / (s.warmup_iters + 1)
-    low = s.min_lr / s.learning_rate if s.learning_rate else 0.0
-    done = (step - first - s.warmup_iters) / max(1, last - first - s.warmup_iters)
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def configure_optimizers(model, config):
+    """AdamW for embeddings and vectors, Muon for every other matrix."""
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p not in {*embeddings, *vectors}]
+    groups = [dict(params=embeddings, weight_decay=config.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    return adamw, Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal: a matrix learns in the directions of small gradients,
+    too (https://kellerjordan.github.io/posts/muon). torch.optim.Muon goes matrix by matrix, in
+    bfloat16, which many CPUs emulate; this takes all of a shape at once."""
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
+        shapes = {}
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        groups = [dict(params=matrices) for matrices in shapes.values()]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices, state = group["params"], self.state[group["params"][0]]
+            G = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in matrices])
+            if not state:
+                state["average"] = torch.zeros_like(G)
+            state["average"].lerp_(G, 1 - group["momentum"])
+            update = orthogonal(G.lerp(state["average"], group["momentum"]))
+            update *= math.sqrt(max(1, G.size(1) / G.size(2)))
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, update.unbind(), alpha=-group["lr"])
+
+
+def orthogonal(G):
+    """(n, rows, columns): about U V^T of each matrix's U S V^T, by five Newton-Schulz steps."""
+    X = G / G.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    X = X.to(pick_dtype("auto", G.device)[0])
+    if G.size(-2) > G.size(-1):
+        X = X.mT
+    for _ in range(5):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)  # -4.775 A + 2.0315 A A
+        X = torch.baddbmm(X, B, X, beta=3.4445)                # 3.4445 X + B X
+    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
 
 
 def write(path, content):
-    """Write text, or an object by torch.save, so that path holds either the old or the new content, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Whenever this is killed, path holds a whole file, the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(content.encode()) if isinstance(content, str) else torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # RuntimeError is torch.save's word for a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}): free some space or choose another --out_dir, "
-                        "then go on with --resume") from e
+        if isinstance(content, str):
+            temporary.write_text(content)
+        else:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as e:  # the latter is torch.save's word for a full disk
+        sys.exit(f"error: {path} cannot be written ({e}): make room, then add --resume")
+    os.replace(temporary, path)
 
 
-def snapshot(run, arm, model, step, **more):
-    """What a checkpoint holds: tensors, numbers and strings only, so that torch.load(weights_only=True) reads it."""
-    return dict(script=SCRIPT, arm=arm, step=step, settings=dataclasses.asdict(run.settings), world=run.world,
-                model=model.state_dict(), **more)
-
-
-def read_checkpoint(run, path, arm):
-    """The content of a checkpoint, after checking that it belongs to this script, arm and settings."""
-    try:
-        saved = torch.load(path, map_location=run.device, weights_only=True)
-        script, settings = (saved["script"], saved["arm"]), saved["settings"]
-    except (OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as e:  # a file that is no checkpoint can make torch.load raise almost anything
-        raise UserError(f"{path} is not a checkpoint of {SCRIPT}.py ({type(e).__name__}): move it away")
-    if script != (SCRIPT, arm):
-        raise UserError(f"{path} belongs to {' '.join(map(str, script))}, not to {SCRIPT} {arm}: use another --out_dir")
-    other = [f"--{f.name} {dict([(True, 'on'), (False, 'off')]).get(value, value) if f.type is bool else value}"
-             for f in dataclasses.fields(Settings) for value in [settings.get(f.name)]
-             if not f.metadata["free"] and value != getattr(run.settings, f.name)]
-    if other:
-        raise UserError(f"{path} was trained with {' '.join(other)}: repeat these flags, or use another --out_dir")
-    return saved
-
-
-def compiled(run, model, extra, span):
-    """The model as training calls it: compiled if asked for and possible. The model itself stays as it is, for evaluation."""
-    s = run.settings
-    if s.compile == "off" or s.compile == "auto" and run.device.type != "cuda":
-        return model
-    torch.compiler.reset()
-    start, fast = time.perf_counter(), torch.compile(model)
-    try:  # forward and backward through each graph of the run, so that no later step has to wait, or fails
-        for step in (span[0], max(span[0], span[1] - 1)):
-            x, y = run.data.batch(0, 0)
-            with run.autocast():
-                loss = fast(x, y, **extra(step, 0))[1]
-            loss.backward()
-        run.print(f"compiled in {time.perf_counter() - start:.0f} s")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # the chain of compilers may raise anything; training goes on without it, and says so
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:160]
-        run.print(f"torch.compile failed ({reason}): training goes on uncompiled")
-        fast = model
-    model.zero_grad(set_to_none=True)
-    return fast
-
-
-def train(run, arm, model, extra=lambda step, turn: {}, keep={}, span=None):
-    """Train model for max_iters steps, or go on from out/arm/ckpt.pt; returns what results.json says of the training.
-
-    extra(step, turn): further inputs of the model's forward in that step, such as a draw of the technique.
-    keep: {step: name of a file in out/arm for the weights before that step}.
-    span: (first, last) step, for one phase of several: each has optimizers and a learning-rate schedule of its own.
-    Writes into out/arm: ckpt.pt at the first step and after every evaluation (all that a resumed run needs), best.pt (the
-    weights with the lowest validation loss), log.jsonl (a line for every evaluation).
-    """
-    s, folder = run.settings, run.out / arm
-    first, last = span = span or (0, s.max_iters)
-    optimizers = make_optimizers(model, s, run.device)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    now = dict(step=first, train_seconds=0.0, val_loss=math.nan, best_val_loss=math.inf, best_step=first,
-               loss_sum=0.0, loss_steps=0, log=[])  # the training loss since the last evaluation, and the lines of log.jsonl
-    resumed = (folder / "ckpt.pt").exists()
-    if resumed:
-        saved = read_checkpoint(run, folder / "ckpt.pt", arm)
-        model.load_state_dict(saved["model"])
-        for o, state in zip(optimizers, saved["optimizers"], strict=True):
-            o.load_state_dict(state)
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        now = saved["now"]
-        if saved["world"] != run.world:
-            raise UserError(f"{folder / 'ckpt.pt'} was trained by {saved['world']} processes: go on with as many")
-        del saved
-    groups = [group for o in optimizers for group in o.param_groups]
-    fast = compiled(run, model, extra, span)
-    if run.world > 1:
-        fast = nn.parallel.DistributedDataParallel(fast, device_ids=[run.device.index] if run.device.type == "cuda" else None,
-                                                   broadcast_buffers=False)
-    model.train()
-    loss_sum = torch.tensor(now["loss_sum"], device=run.device)
-    nonfinite = torch.tensor(-1, device=run.device)  # the first step whose loss was not finite
-    advice = f"{folder / 'ckpt.pt'} is from before it; train again with a lower --learning_rate and --muon_lr"
-
-    def look():  # waits for the device, so only where a number is shown or saved
-        if nonfinite.item() >= 0:
-            raise UserError(f"the loss of step {nonfinite.item()} is not finite: {advice}")
-        now["loss_sum"] = loss_sum.item()
-        return time.perf_counter()
-
-    def ask(*_):  # Ctrl-C: save, then end; a second one ends at once
-        stop.append(True)
-        signal.signal(signal.SIGINT, before)
-
-    stop, before = [], signal.getsignal(signal.SIGINT)
-    if run.world == 1:  # several processes would have to agree on the step; they go on from the last evaluation
-        signal.signal(signal.SIGINT, ask)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    tokens = run.world * s.grad_accum * s.batch_size * s.block_size  # in a step
-    with contextlib.ExitStack() as ending:
-        ending.callback(signal.signal, signal.SIGINT, before)
-        bar = ending.enter_context(tqdm(total=last, initial=now["step"], desc=arm, unit="step", disable=run.rank > 0,
-                                        dynamic_ncols=True, mininterval=1))
-        clock = shown = look()
-        while True:
-            step = now["step"]
-            if step in keep and run.rank == 0:
-                write(folder / keep[step], snapshot(run, arm, model, step))
-            due = (step % s.eval_interval == 0 or step in span) and not resumed
-            if due or stop:
-                now["train_seconds"] += look() - clock
-                if due:
-                    now["val_loss"] = evaluate(run, model, tokens=s.eval_tokens)
-                    line = dict(step=step, train_seconds=round(now["train_seconds"], 3), val_loss=now["val_loss"],
-                                train_loss=now["loss_sum"] / now["loss_steps"] if now["loss_steps"] else None)
-                    if inputs := extra(step, 0):
-                        line["val_loss_as_trained"] = evaluate(run, model, tokens=s.eval_tokens, **inputs)
-                    if not math.isfinite(now["val_loss"]):
-                        raise UserError(f"the validation loss after step {step} is not finite: {advice}")
-                    now["log"].append(line)
-                    now["loss_sum"], now["loss_steps"] = 0.0, 0
-                    loss_sum.zero_()
-                better = now["val_loss"] < now["best_val_loss"]
-                if better:
-                    now["best_val_loss"], now["best_step"] = now["val_loss"], step
-                if run.rank == 0:
-                    if better:
-                        write(folder / "best.pt", snapshot(run, arm, model, step))
-                    write(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in now["log"]))
-                    write(folder / "ckpt.pt", snapshot(run, arm, model, step, now=now, scaler=scaler.state_dict(),
-                                                       optimizers=[o.state_dict() for o in optimizers]))
-                if stop:
-                    where = "" if s.out_dir == "auto" else f" --out_dir {s.out_dir}"
-                    raise KeyboardInterrupt(f"stopped after step {step}, saved in {folder}: go on with --resume{where}")
-                clock = time.perf_counter()
-            resumed = False
-            if step == last:
-                break
-
-            for group in groups:
-                group["lr"] = group["peak_lr"] * lr_factor(s, step, span)
-            for micro in range(s.grad_accum):
-                turn = run.rank * s.grad_accum + micro
-                x, y = run.data.batch(step, turn)
-                inputs = extra(step, turn)
-                torch.manual_seed(key(s.seed, "dropout", step, turn))
-                with contextlib.nullcontext() if run.world == 1 or micro == s.grad_accum - 1 else fast.no_sync():
-                    with run.autocast():
-                        loss = fast(x, y, **inputs)[1]
-                    scaler.scale(loss / s.grad_accum).backward()
-                loss_sum += loss.detach() / s.grad_accum
-                nonfinite = torch.where((nonfinite < 0) & ~loss.detach().isfinite(), step, nonfinite)
-            for o in optimizers:
-                scaler.unscale_(o)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-            if not scaler.is_enabled() or norm.isfinite():  # float16 may overflow: no optimizer takes such a step
-                for o in optimizers:
-                    scaler.step(o)
-            scaler.update()
-            model.zero_grad(set_to_none=True)
-            now["step"] += 1
-            now["loss_steps"] += 1
-            bar.update()
-            if run.rank == 0 and time.perf_counter() - shown > 1:
-                shown = look()
-                speed = tokens * (now["step"] - first) / (now["train_seconds"] + shown - clock)
-                bar.set_postfix_str(f"loss {now['loss_sum'] / now['loss_steps']:.3f}, val {now['val_loss']:.3f}, "
-                                    f"{speed / 1e3:.1f}k tokens/s", refresh=False)
-    return summary(run, arm, model, now, now["step"] - first)
-
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16, dense
-
-
-def summary(run, arm, model, now, steps):
-    """What results.json says of an arm's training, of so many steps."""
-    s, cuda, flops = run.settings, run.device.type == "cuda", flops_per_token(run.settings, arm)
-    tokens = run.world * s.grad_accum * s.batch_size * s.block_size * steps
-    speed = tokens / max(now["train_seconds"], 1e-9)
-    parameters = sum(p.numel() for p in model.parameters())
-    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    name = torch.cuda.get_device_name() if cuda and run.dtype != torch.float32 else ""
-    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-    return dict(val_loss=now["val_loss"], best_val_loss=now["best_val_loss"], best_step=now["best_step"],
-                train_loss=evaluate(run, model, "train", s.eval_tokens or len(run.data.val)), parameters=parameters,
-                parameters_non_embedding=parameters - embeddings, flops_per_token=flops, train_seconds=now["train_seconds"],
-                tokens_per_second=speed, mfu=peak and flops * speed / run.world / peak,
-                peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else None)
-
-# ==== end shared
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The arms, and the evaluation that shows the paper's claims
-# ---------------------------------------------------------------------------------------------------------------------
-
-ARMS = ("technique", "dense", "fixed", "shallow")  # the first is trained always, the others with --compare
-
-
-def settings_of(arm, s):
-    """dense: vanilla, with the same restart after phase 1. fixed: modules take turns, in as many rounds, without routers.
-    shallow: about 60% less deep (2 rounds for 6 layers), all layers are modules, every token picks two in each sublayer."""
-    if arm in ("dense", "phase1"):
-        return dataclasses.replace(s, bottom=s.n_layer, top=0, attn_modules=0, ffn_modules=0, rounds=0)
-    if arm == "fixed":
-        return dataclasses.replace(s, router="fixed", route_k=1)
-    if arm == "shallow":
-        return dataclasses.replace(s, router="gru", route_k=2, gate="renorm", rounds=max(1, round(0.4 * s.n_layer)),
-                                   bottom=0, top=0, attn_modules=-1, ffn_modules=-1)
-    return s
-
-
-def build(arm, s):
-    return GPT(settings_of(arm, s))
-
-
-def flops_per_token(s, arm, attn=None, ffn=None):
-    """Training FLOPs for a token in phase 2, forward and backward: 6 for each weight in a matrix product that it meets (the
-    tied head is one, the embedding is not) and 12 for each channel of each score, in every layer and round, SKIP or not, the
-    causal square in full. attn, ffn: modules that a token met in a round, on average; left out: K, as if none were SKIP."""
-    s = settings_of(arm, s)
-    T, C, R, plain = s.block_size, s.n_embd, s.router_dim, s.bottom + s.top
-    weights = s.vocab_size * C + plain * 12 * C * C
-    for n, used, size in (s.attn_modules, attn, 4 * C * C), (s.ffn_modules, ffn, 8 * C * C):
-        routed = s.router != "fixed" and n + s.skip > 1
-        if used is None:
-            used = s.route_k if routed else 1
-        weights += s.rounds * (size * used + routed * (3 * R * (C + R) + R * (n + s.skip)))
-    return 6 * weights + 12 * T * C * (plain + s.rounds)
-
-
-def load_data(s, device):
-    """What start() makes Run.data of."""
-    return Data(s, device)
-
-
-def train_arm(run, arm, model):
-    """Phase 1 trains the vanilla model, once for all arms. Phase 2 takes it apart and trains modules and routers together."""
-    s = run.settings
-    begin, path = round(s.phase1 * s.max_iters), run.out / "phase1" / "ckpt.pt"
-    if not path.exists() or read_checkpoint(run, path, "phase1")["step"] < begin:
-        torch.manual_seed(key(s.seed, "weights"))
-        train(run, "phase1", dense_twin(s).to(run.device), span=(0, begin))
-    vanilla = read_checkpoint(run, path, "phase1")
-    adopt(model, vanilla["model"])
-    phase1 = dict(phase1_seconds=vanilla["now"]["train_seconds"], phase1_val_loss=vanilla["now"]["val_loss"])
-    del vanilla  # its optimizers
-    return {**train(run, arm, model, span=(begin, s.max_iters)), **phase1}
-
-
-def adopt(model, vanilla):
-    """The weights of the vanilla model, as they are. Layers that became no module are left out; routers keep theirs."""
-    own = model.state_dict()
-    model.load_state_dict({name: w if "router" in name else vanilla[name] for name, w in own.items()})
-
-
-def loss_on(run, model, starts):
-    """Mean cross-entropy over windows of the validation split; picks (tokens, rounds, K) of attention and feed-forward."""
-    total, picked = 0.0, ([], [])
-    model.eval()
-    with torch.no_grad():
-        for at in range(0, len(starts), run.settings.batch_size):
-            x, y = run.data.rows("val", starts[at:at + run.settings.batch_size])
-            routes = [], []
-            with run.autocast():
-                total += model.read_out(model.states(x, routes)[-1], y)[1].item() * len(x)
-            for found, route in zip(picked, routes):
-                found.append(torch.stack([picks.cpu() for picks, p in route], 1) if route else torch.empty(x.numel(), 0, 1))
-    return total / len(starts), [torch.cat(found).sort(-1).values for found in picked]
-
-
-def without(model, attn=(), mlp=()):
-    """A copy of the model in which the routers never pick these modules: the others share their probability."""
-    model = copy.deepcopy(model)
-    for router, closed in (model.attn_router, attn), (model.mlp_router, mlp):
-        if closed:
-            router.out.bias.data[list(closed)] = -math.inf
-    return model
-
-
-def take_away(run, s, model, load):
-    """The loss without some modules, not trained for it, on 16,384 tokens of the validation split: without the less used half
-    of attention, the least used quarter of feed-forward, both, all of a kind, and each alone. Returns {case: loss} and {case:
-    names of modules}; cases that leave a router fewer than K candidates are left out."""
-    routers, sizes = (model.attn_router, model.mlp_router), (s.attn_modules, s.ffn_modules)
-    attns, mlps = (sorted(range(n), key=lambda e: sum(x[e] for x in rows)) if router else []  # the least used first
-                   for router, n, rows in zip(routers, sizes, load))
-    half, quarter = attns[:len(attns) // 2], mlps[:len(mlps) // 4]
-    cases = dict(half_attention=(half, []), quarter_ffn=([], quarter), both=(half, quarter) if half and quarter else ([], []),
-                 all_attention=(attns, []), all_ffn=([], mlps),
-                 **{f"A{e}": ([e], []) for e in sorted(attns)}, **{f"F{e}": ([], [e]) for e in sorted(mlps)})
-    cases = {name: case for name, case in cases.items() if any(case) and all(
-             n - len(closed) + s.skip >= s.route_k for n, closed in zip(sizes, case) if closed)}
-    starts = run.data.windows("val", min(run.settings.eval_tokens or 2**14, 2**14))
-    losses = {name: loss_on(run, without(model, *case), starts)[0] for name, case in {"none": ([], []), **cases}.items()}
-    return losses if cases else {}, {name: [f"A{e}" for e in sorted(attn)] + [f"F{e}" for e in sorted(mlp)]
-                                     for name, (attn, mlp) in cases.items()}
-
-
+# ---- Evaluation ----------------------------------------------------------------------------------
 @torch.no_grad()
-def attention_to_skip(run, s, model):
-    """For every round, how many tokens picked nothing but SKIP, so that their keys and values are 0, and how much of all
-    attention goes to them: means over heads and queries, on 4,096 tokens of the validation split."""
-    x, _ = run.data.rows("val", run.data.windows("val", min(run.settings.eval_tokens or 2**12, 2**12)))
-    routes, found = ([], []), []
-    states, layers = model.states(x, routes), [model.h[i] for i in model.attns]
-    qkv = Layers([(m.attn.c_q, m.attn.c_k, m.attn.c_v) for m in layers], [m.ln_1 for m in layers], False)
-    for y, (picks, p) in zip(states[s.bottom:], routes[0]):
-        q, k, v = assembled_heads(y, Dispatch(picks, torch.ones_like(picks), len(layers), False), qkv, s.n_head)
-        hidden = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
-        maps = (q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))).masked_fill(hidden, -math.inf).softmax(-1)
-        skipped = (picks == len(layers)).all(-1).view(x.shape).to(maps.dtype)
-        found.append(dict(attention=(maps * skipped[:, None, None]).sum(-1).mean().item(), tokens=skipped.mean().item()))
+def measure(config, run, model):
+    """Where 8,192 tokens of the validation split go (fewer of a large vocabulary), and what that
+    costs. flops_per_token: a forward pass's, as PyTorch counts matrix products; skipped: share of
+    the picks; evaluation: for each A and F the shares of its picks, and those of eight tokens."""
+    N, routes, counter = config.n_layer, [], FlopCounterMode(display=False)
+    idx, _ = run.data.rows("val", run.data.windows("val", 2**13)[0])
+    with run.autocast(), sdpa_kernel(SDPBackend.MATH), counter:  # it cannot count every kernel
+        model(idx, routes=routes)
+    found = dict(flops_per_token=counter.get_total_flops() // idx.numel(), evaluation={})
+    if config.rounds == 0:  # vanilla
+        return found
+    picked = torch.stack([picks for picks, p in routes]).sort(-1).values.cpu()  # (2 H, tokens, K)
+    found["skipped"] = (picked == N).float().mean().item()
+    found["distinct_paths"] = picked.unique(dim=1).size(1)
+    text = [repr(run.data.decode([i])) for i in idx[0, :8].tolist()]
+    names = [*map(str, range(N)), "SKIP"]
+    for i, picks in enumerate(picked):
+        row = {name: f"{(picks == e).float().mean():.0%}" for e, name in enumerate(names)}
+        for t, token in enumerate(text):
+            row[f"{t} {token}"] = "+".join(names[e] for e in picks[t] if e < N) or "."
+        found["evaluation"][f"round {i // 2} {'AF'[i % 2]}"] = row
     return found
 
 
-def evaluate_arm(run, arm, model):
-    """Where the tokens went, what that costs, and what modules are worth: the loss without some, not trained for it."""
-    s, t = settings_of(arm, run.settings), run.settings.eval_tokens
-    starts = run.data.windows("val", min(t, 2**17) if t else 2**17)
-    loss, picked = loss_on(run, model, starts)
-    n = s.attn_modules, s.ffn_modules
-    load = [[[(picks[:, r] == e).float().mean().item() for e in range(n + s.skip)] for r in range(s.rounds)]
-            for picks, n in zip(picked, n)]
-    real = [(picks < n).sum((1, 2)).float().mean().item() / max(1, s.rounds) for picks, n in zip(picked, n)]  # a round
-    skips = [1 - used / picks.size(2) if s.rounds else 0.0 for used, picks in zip(real, picked)]
-    found = dict(tokens=len(starts) * s.block_size, loss=loss, graph_depth=s.bottom + s.top + s.rounds,
-                 parameter_depth=s.bottom + s.top + max(n),
-                 skip_rate=sum(skips) / 2, skip_rate_attention=skips[0], skip_rate_ffn=skips[1],
-                 load=dict(attention=load[0], ffn=load[1]),
-                 distinct_paths=len(set(map(bytes, torch.cat([picks.flatten(1) for picks in picked], 1).tolist()))),
-                 flops_per_token=flops_per_token(run.settings, arm, *real))
-    found["kv_bytes_per_token"] = 2 * found["graph_depth"] * s.n_embd * run.dtype.itemsize
-    found["attention_to_skip"] = attention_to_skip(run, s, model) if model.attn_router and s.skip else []
-    found["loss_without_modules"], found["removed"] = take_away(run, s, model, load)
-    return found
+def sample(config, run, model):
+    torch.manual_seed(key(config.seed, "sample"))
+    prompt = run.data.encode(config.prompt) or run.data.ids["train"][:1].tolist()
+    prompt = torch.tensor([prompt], device=run.device)
+    idx = model.generate(prompt, config.sample_tokens, config.temperature)
+    return run.data.decode(idx[0].tolist())
 
 
-def report(run, arms, model):
-    """Tables of the arms and of the technique's modules, a sample, and its first tokens with their paths."""
-    names = dict(graph_depth="graph depth", parameter_depth="of layers", skip_rate="SKIP", flops_per_token="FLOPs/token, "
-                 "real picks", kv_bytes_per_token="KV bytes/token", distinct_paths="paths", tokens="of tokens")
-    rows = [[arm, *(found["evaluation"].get(name) for name in names)] for arm, found in arms.items()]
-    print("\nWhat was assembled (validation split):", table([["arm", *names.values()], *rows]), sep="\n")
-    s, e, arm = run.settings, arms["technique"]["evaluation"], arms["technique"]
-    print(f"\nPhase 1, which all arms share: {round(s.phase1 * s.max_iters):,} steps, {arm['phase1_seconds']:.0f} seconds, "
-          f"val loss {arm['phase1_val_loss']:.4f}. Steps and times of the arms are those of phase 2.")
-    if s.rounds:
-        ids = [f"{x}{i}" for x, n in (("A", s.attn_modules), ("F", s.ffn_modules)) for i in [*range(n), *["-skip"] * s.skip]]
-        rows = [[f"round {r + 1}", *(f"{100 * x:.0f}" for x in a + f)]
-                for r, (a, f) in enumerate(zip(e["load"]["attention"], e["load"]["ffn"]))]
-        for row, x in zip(rows, e["attention_to_skip"]):
-            row.append(f"{100 * x['attention']:.0f}")
-        print("\nWhich module each round uses, in % of the picks (A: attention, F: feed-forward); % of attention to tokens that skip:",
-              table([["", *ids, *["to skip"] * bool(e["attention_to_skip"])], *rows]), sep="\n")
-    if e["loss_without_modules"]:
-        rows = [[" ".join(["without", *e["removed"][name]]) if name in e["removed"] else "all modules", f"{x:.4f}"]
-                for name, x in e["loss_without_modules"].items()]
-        print("\nThe trained model when modules are taken away: the less used half of attention, the least used quarter of "
-              "feed-forward, both,\nall of a kind, and each alone (on a part of the validation split):",
-              table([["", "loss"], *rows]), sep="\n")
-    idx = sample(run, model)[:, :s.block_size]
-    if s.rounds:
-        routes = [], []
-        with torch.no_grad(), run.autocast():
-            model.states(idx, routes)
-        print("\nIts first tokens and the modules they picked, round by round (. is SKIP):", paths(run, idx[0], routes),
-              sep="\n")
-
-
-def paths(run, ids, routes, width=100):
-    """Text with the picks of every token below it: a column for each token (T,), two lines for each round."""
-    s, digits = run.settings, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    text = [run.data.decode([t]) for t in ids.tolist()]
-    lines = [["", *("".join(c if c.isprintable() else "¶" for c in token)[:12] for token in text)]]
-    for r, both in enumerate(zip(*routes)):
-        for kind, n, (picks, p) in zip("AF", (s.attn_modules, s.ffn_modules), both):
-            ids = ("".join("." if i == n else digits[i % 62] for i in sorted(token)) for token in picks.tolist())
-            lines.append([f"{r + 1} {kind}  ", *ids])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    fits = sum(sum(widths[:i + 1]) <= width for i in range(len(widths)))
-    return "\n".join("".join(c.ljust(w) for c, w in zip(line[:fits], widths)) for line in lines)
-
-
-# ==== shared: main
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
-
-def table(rows):
-    """Rows in aligned columns, the first row a heading: text as it is, small fractions to four places, None as a dash."""
-    def show(c):
-        return "-" if c is None else c if isinstance(c, str) else f"{c:.4f}" if abs(c) < 10 and c % 1 else f"{c:,.0f}"
-
-    rows = [list(map(show, row)) for row in rows]
-    width = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(c.rjust(n) if i else c.ljust(n) for i, (c, n) in enumerate(zip(row, width))) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def open_out(s):
-    """The folder for what the run writes, and its lock. An older run is moved aside, what is no run is left alone."""
-    out = out_folder(s.out_dir)
-    earlier = earlier_run(out)
-    if s.resume or s.eval_only:
-        if not earlier:
-            raise UserError(f"there is no run in {out} (no results.json of these scripts): name its folder with --out_dir, "
-                            "or train one, without --resume and --eval_only")
-    elif earlier:
-        lock(out).close()
-        aside = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
-        out.rename(aside)
-        print(f"moved the earlier run aside, to {aside}")
-    elif out.is_dir() and set(os.listdir(out)) - {"lock"}:
-        raise UserError(f"{out} holds files that are no run of these scripts: use another --out_dir")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        return out, lock(out)
-    except OSError as e:
-        raise UserError(f"{out} cannot be written ({e.strerror}): use another --out_dir")
-
-
-def lock(out):
-    """An open file that no live process but this one can lock, so that two runs never write to one folder."""
-    held = open(out / "lock", "w")
-    try:
-        import fcntl
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ModuleNotFoundError:  # Windows
-        pass
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out}: wait for it, or use another --out_dir")
-    return held
-
-
-def start(s):
-    """Settings -> Run: processes (under torchrun), device, precision, data, folder. Prints the header."""
-    rank, local, world = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    world = max(1, world)
-    device = pick_device(s.device)
-    if device.type == "cuda":
-        device = pick_device(f"cuda:{local if world > 1 else device.index or 0}")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    run = Run(s, device, *pick_dtype(s.dtype, device), rank, world)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if local > 0:
-            dist.barrier()  # one process of each machine prepares the data, the others then find them ready
-    run.data = load_data(s, device)
-    if world > 1 and local == 0:
-        dist.barrier()
-    s.dataset = run.data.name if run.data.folder.parent == DATA else str(run.data.folder.resolve())  # what auto came to
-    s.vocab_size = run.data.vocab_size
-    if s.prompt == Settings.prompt and run.data.alphabet and s.prompt not in run.data.alphabet:
-        s.prompt = run.data.alphabet[0]  # a corpus without line breaks
-    if unknown := sorted(set(s.prompt) - set(run.data.alphabet or s.prompt)):
-        raise UserError(f"--prompt has {unknown}, which {run.data.name} lacks: its characters are {run.data.alphabet!r}")
-    if not s.prompt:
-        raise UserError("--prompt is empty: give the sample at least one character to go on from")
-    run.out, run.lock = open_out(s) if rank == 0 else (None, None)
-    if world > 1:
-        dist.broadcast_object_list(out := [run.out])
-        run.out = out[0]
-    gpu = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else ""
-    run.print(f"{SCRIPT} on {run.data.name}: {len(run.data.train):,} + {len(run.data.val):,} tokens, vocabulary {s.vocab_size}",
-              f"{device}{gpu}, {world} process{'es' * (world > 1)} of {torch.get_num_threads()} threads, "
-              f"{str(run.dtype).removeprefix('torch.')} ({run.why}), torch {torch.__version__}",
-              f"{s.n_layer} layers, {s.n_head} heads, width {s.n_embd}, context {s.block_size}; {s.max_iters:,} steps of "
-              f"{world * s.grad_accum * s.batch_size * s.block_size:,} tokens with {s.optimizer}; results in {run.out}")
-    return run
-
-
-def work(s):
-    """Train and evaluate the arms, print the tables and a sample; returns the content of results.json."""
-    run = start(s)
-    path = run.out / "results.json"
-    git = shutil.which("git") and subprocess.run(["git", "-C", DATA.parent, "describe", "--always", "--dirty"],
-                                                 capture_output=True, text=True).stdout.strip()
-    results = (s.resume or s.eval_only) and earlier_run(run.out) or dict(
-        script=SCRIPT, dataset=run.data.name, device=str(run.device), dtype=str(run.dtype).removeprefix("torch."),
-        torch=torch.__version__, git=git or None, seed=s.seed, settings=dataclasses.asdict(s), arms={})
+# ---- Main ----------------------------------------------------------------------------------------
+def main(argv=None):
+    config, earlier = parse_args(argv)
+    run = Run(config)
+    data = run.data.meta
+    config.vocab_size = data["vocab_size"]
+    if earlier and {**earlier["data"], "source": ""} != {**data, "source": ""}:
+        sys.exit(f"error: {run.data.folder} has other data than the run began with: see --dataset")
+    out = [config.out_dir or time.strftime(f"out/{SCRIPT}/%m%d-%H%M%S")]
+    if run.world > 1:  # clocks differ: all take the name of rank 0
+        dist.broadcast_object_list(out)
+    config.out_dir, out = out[0], Path(out[0])
+    results = dict(script=SCRIPT, torch=torch.__version__, device=str(run.device), data=data,
+                   config=asdict(replace(config, resume=False)), arms=earlier.get("arms", {}))
+    if config.eval_only:  # on another device, perhaps
+        results["config"] = earlier["config"]
     if run.rank == 0:
-        write(path, json.dumps(results, indent=1))
-    first = None
-    arms = [arm for arm in ARMS if s.compare or arm == ARMS[0] or s.eval_only and arm in results["arms"]]
-    for arm in arms:
-        torch.manual_seed(key(s.seed, "weights"))
-        model = build(arm, s).to(run.device)
-        best = run.out / arm / "best.pt"
-        if s.eval_only and not best.exists():
-            raise UserError(f"{best} does not exist: train first, without --eval_only")
-        trained = "val_loss" in results["arms"].get(arm, {})
-        if not trained and not s.eval_only:
-            results["arms"][arm] = train_arm(run, arm, model)
-        if run.rank == 0:  # the best weights, and their evaluation
-            model.load_state_dict(read_checkpoint(run, best, arm)["model"])
-            if not trained or s.eval_only:
-                results["arms"][arm] = {**results["arms"].get(arm, {}), "evaluation": evaluate_arm(run, arm, model)}
-                write(path, json.dumps(results, indent=1))
-        first = first or model.cpu()
+        if out.exists() and not earlier:
+            sys.exit(f"error: {out} exists, and no run writes over another: name a new --out_dir")
+        write(out / "results.json", json.dumps(results, indent=1))
+        print(f"{out}: {data['train_tokens']:,} tokens, {run.data.folder} ({data.get('source')})\n"
+              f"on {run.world} x {run.device}, {run.dtype} ({run.why})")
+
+    configs = dict(technique=config)
+    if config.compare and config.rounds:
+        configs["dense"] = replace(config, rounds=0)
+    for arm, arm_config in configs.items():
+        torch.manual_seed(key(config.seed, "weights"))
+        model = GPT(arm_config).to(run.device)
+        result = results["arms"].setdefault(arm, {})
+        if not config.eval_only:
+            result.update(train(arm_config, run, out / arm, model))
+        if run.rank == 0 and (out / arm / "best.pt").exists():
+            best = torch.load(out / arm / "best.pt", map_location="cpu", weights_only=True)
+            model.load_state_dict(best["model"])
+            model.eval()
+            result.update(measure(arm_config, run, model))
+            result["sample"] = sample(arm_config, run, model)
+            write(out / "results.json", json.dumps(results, indent=1))
     if run.rank == 0:
-        columns = dict(val_loss="val loss", best_val_loss="best", train_loss="train", parameters="parameters",
-                       flops_per_token="FLOPs/token", train_seconds="seconds", tokens_per_second="tokens/s", mfu="MFU",
-                       peak_memory_bytes="peak bytes")
-        shown = [[arm, *(found.get(name) for name in columns)] for arm, found in results["arms"].items()]
-        print("\n" + table([["arm", *columns.values()], *shown]))
-        report(run, results["arms"], first.to(run.device).eval())  # may add to the evaluations what takes several arms
-        write(path, json.dumps(results, indent=1))
+        technique = results["arms"]["technique"]
+        if "sample" not in technique:
+            sys.exit(f"error: there is no checkpoint in {out} yet: add --resume")
+        rows = {name: {arm: result.get(name, "") for arm, result in results["arms"].items()}
+                for name, x in technique.items() if isinstance(x, (int, float))}
+        print(f"\n{table(rows)}\n\n{table(technique['evaluation'])}\n\n{technique['sample']}")
     if run.world > 1:
         dist.destroy_process_group()
     return results
 
 
-def sample(run, model, **how):
-    """Print text that goes on from --prompt, and return its token ids (1, T). how: further arguments of model.generate."""
-    s = run.settings
-    torch.manual_seed(key(s.seed, "sample"))
-    idx = torch.tensor([run.data.encode(s.prompt)], device=run.device)
-    with run.autocast():
-        idx = model.generate(idx, s.sample_tokens, s.temperature, s.top_k, **how)
-    print("\nA sample:", run.data.decode(idx[0].tolist()), sep="\n")
-    return idx
-
-
-def main(argv=None):
-    """Run the script; returns the content of results.json. What the user can put right ends it in one line."""
-    try:
-        return work(parse(argv))
-    except UserError as e:
-        message = str(e)
-    except OSError as e:
-        message = str(e)
-    except torch.OutOfMemoryError:
-        message = "the device has too little memory: use a smaller --batch_size and a larger --grad_accum"
-    except KeyboardInterrupt as e:
-        message = str(e) or "stopped"
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
-# ==== end shared
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a console that cannot show the text
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume, with the same --out_dir, goes on from the last evaluation")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory: use a smaller --batch_size, with more --grad_accum")
+    except torch._dynamo.exc.TorchDynamoException as e:
+        sys.exit(f"error: torch.compile failed ({str(e).splitlines()[0]}): use --compile off")

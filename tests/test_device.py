@@ -1,11 +1,14 @@
 """What can be known of a GPU without one: no tensor stays on the CPU, nothing waits for the device,
 one graph for any number of draws, and bfloat16 is close to float32."""
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import nano_mom
+import nano_reuse
 import nano_ssa
 
 META = torch.device("meta")
@@ -22,10 +25,17 @@ def ssa_inputs(config, step):
     return dict(paths=nano_ssa.draw_paths(config, config.block_size, step, 0))
 
 
+def no_inputs(config, step):
+    return dict()
+
+
 # how the model is called in training: no further inputs, or the technique's
-CALLS = [(nano_ssa, dict(), lambda config, step: dict()), (nano_ssa, dict(), ssa_inputs),
-         (nano_ssa, dict(ssa="unbiased"), ssa_inputs)]
-NAMES = ["ssa-dense", "ssa-local", "ssa-unbiased"]
+CALLS = {"ssa-dense": (nano_ssa, dict(), no_inputs), "ssa-local": (nano_ssa, dict(), ssa_inputs),
+         "ssa-unbiased": (nano_ssa, dict(ssa="unbiased"), ssa_inputs),
+         "reuse": (nano_reuse, dict(reuse_heads=1), no_inputs),
+         "reuse-maps": (nano_reuse, dict(reuse_heads=1, reuse_impl="probs"), no_inputs),
+         "mom-phase-1": (nano_mom, dict(rounds=0), no_inputs)}
+each_call = pytest.mark.parametrize("nano, changes, inputs", CALLS.values(), ids=CALLS)
 
 
 def training_step(nano, config, device, inputs):
@@ -42,11 +52,11 @@ def training_step(nano, config, device, inputs):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     adamw.step()
     muon.step()
-    assert all(p.grad.device == device for p in model.parameters())
+    assert all(p.grad.device == device for p in model.parameters() if p.grad is not None)
     return model
 
 
-@pytest.mark.parametrize("nano, changes, inputs", CALLS, ids=NAMES)
+@each_call
 def test_a_training_step_on_a_device_that_cannot_be_waited_for(nano, changes, inputs):
     """On meta a tensor of the CPU, .item(), .tolist() and a shape that depends on data raise."""
     config = char(nano, **changes)
@@ -82,6 +92,44 @@ def test_one_graph_for_dense_attention_and_one_for_all_draws():
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("nano, changes", [
+    (nano_reuse, dict()), (nano_reuse, dict(reuse_heads=1)), (nano_reuse, dict(reuse_impl="probs")),
+    (nano_mom, dict(rounds=0))], ids=str)
+def test_one_graph(nano, changes):
+    config = char(nano, n_embd=32, n_head=2, block_size=32, **{**dict(n_layer=3), **changes})
+    torch.compiler.reset()
+    counter = CompileCounter()
+    fast = torch.compile(nano.GPT(config), backend=counter, fullgraph=True)
+    for _ in range(3):
+        fast(torch.randint(65, (2, 32)), torch.randint(65, (2, 32)))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_routing_waits_for_the_device_in_dispatch_only(monkeypatch, K):
+    """The sizes of the modules' parts are all that it reads back: here made up."""
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not on meta
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda ends: asked.append(len(ends)) or [5, 5, 9])
+    config = char(nano_mom, n_layer=3, rounds=4, route_k=K)
+    training_step(nano_mom, config, META, dict())
+    assert asked == [3] * 8
+
+
+def test_the_routed_step_compiles_around_dispatch():
+    config = char(nano_mom, n_layer=2, n_embd=32, n_head=2, block_size=32, dropout=0.0, rounds=3)
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = nano_mom.GPT(config), torch.randint(65, (2, 32))
+    results = []
+    for net in (model, torch.compile(model, backend="aot_eager")):
+        loss = net(x, x)[1]
+        found = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        results.append([loss, *found])
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(plain, compiled, atol=1e-6, rtol=1e-5)
+
+
 def test_the_compiled_step_has_the_same_gradients():
     config = char(nano_ssa, n_layer=2, n_embd=32, n_head=2, block_size=32, dropout=0.0)
     torch.manual_seed(0)
@@ -95,7 +143,7 @@ def test_the_compiled_step_has_the_same_gradients():
         torch.testing.assert_close(plain, compiled, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("nano, changes, inputs", CALLS, ids=NAMES)
+@each_call
 def test_bfloat16_is_close_to_float32(nano, changes, inputs):
     config = char(nano, n_layer=2, n_embd=64, n_head=2, block_size=64, dropout=0.0, **changes)
     torch.manual_seed(0)
