@@ -175,7 +175,8 @@ def listops(args, tmp):
                 rows.append(row)
         rng.shuffle(rows)  # the last ones drawn are those of the rarest value
         (tmp / f"{split}.bin").write_bytes(np.array(rows, "<u2"))
-    return dict(tokenizer="listops", words=WORDS, vocab_size=len(WORDS), source="generated",
+    alphabet = ["", *(f"{word} " for word in WORDS[1:])]  # 0 is padding
+    return dict(tokenizer="char", alphabet=alphabet, vocab_size=len(WORDS), source="generated",
                 sha256=None)
 
 

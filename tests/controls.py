@@ -95,4 +95,16 @@ def reuse(nano, out, results, windows=64):
     return {"how alike the dense twin's maps are (best match)": rows}
 
 
-CONTROLS = {"ssa": ssa, "reuse": reuse}
+def mom(nano, out, results):
+    """Do the rounds beyond vanilla's path do anything, and does choosing? The trained model with
+    fewer rounds, and with routers that pick vanilla's path whatever they learned."""
+    config, run, model = load(nano, out, "technique")
+    rows = {"as trained": {"loss": nano.evaluate(config, run, model)}}
+    model.rounds = config.n_layer
+    rows["without the further rounds"] = {"loss": nano.evaluate(config, run, model)}
+    model.rounds = 0
+    rows["its modules as vanilla's layers"] = {"loss": nano.evaluate(config, run, model)}
+    return {"best weights, validation": rows}
+
+
+CONTROLS = {"ssa": ssa, "reuse": reuse, "mom": mom}

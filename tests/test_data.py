@@ -246,9 +246,9 @@ def test_listops_has_the_pinned_expressions_and_their_values(script):
     assert script.main(["listops"]) == 0
     train, val = bins(script.HERE / "listops")
     assert (sha256(train)[:16], sha256(val)[:16]) == ("665c2727a20120c0", "362ab93b80304c13")
-    words = json.loads((script.HERE / "listops" / "meta.json").read_text())["words"]
+    words = json.loads((script.HERE / "listops" / "meta.json").read_text())["alphabet"]
     for value, *ids in np.frombuffer(val, "<u2").reshape(2000, 33).tolist():
-        text = " ".join(words[i] for i in ids if i)
+        text = "".join(words[i] for i in ids).strip()
         while "[" in text:  # the innermost expressions
             text = re.sub(r"\[(\w+) ([\d ]+) \]", result, text)
         assert text == str(value)

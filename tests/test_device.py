@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 import nano_mom
 import nano_reuse
 import nano_ssa
+import nano_transevolve
 
 META = torch.device("meta")
 
@@ -34,7 +35,10 @@ CALLS = {"ssa-dense": (nano_ssa, dict(), no_inputs), "ssa-local": (nano_ssa, dic
          "ssa-unbiased": (nano_ssa, dict(ssa="unbiased"), ssa_inputs),
          "reuse": (nano_reuse, dict(reuse_heads=1), no_inputs),
          "reuse-maps": (nano_reuse, dict(reuse_heads=1, reuse_impl="probs"), no_inputs),
-         "mom-phase-1": (nano_mom, dict(rounds=0), no_inputs)}
+         "mom-phase-1": (nano_mom, dict(rounds=0), no_inputs),
+         "transevolve": (nano_transevolve, dict(), no_inputs),
+         "transevolve-encdec": (nano_transevolve, dict(task="encdec", ffn="random"), no_inputs),
+         "transevolve-listops": (nano_transevolve, dict(task="listops"), no_inputs)}
 each_call = pytest.mark.parametrize("nano, changes, inputs", CALLS.values(), ids=CALLS)
 
 
@@ -45,7 +49,8 @@ def training_step(nano, config, device, inputs):
     adamw, muon = nano.configure_optimizers(model, config)
     for group in adamw.param_groups:
         group["fused"] = device != META  # which has no such kernels
-    x = torch.zeros(config.batch_size, config.block_size, dtype=torch.long, device=device)
+    T = nano.context(config) if hasattr(nano, "context") else config.block_size
+    x = torch.ones(config.batch_size, T, dtype=torch.long, device=device)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     loss = model(x, x, **inputs)[1]
     loss.backward()
@@ -57,12 +62,13 @@ def training_step(nano, config, device, inputs):
 
 
 @each_call
-def test_a_training_step_on_a_device_that_cannot_be_waited_for(nano, changes, inputs):
+def test_a_training_step_on_a_device_that_cannot_be_waited_for(nano, changes, inputs, monkeypatch):
     """On meta a tensor of the CPU, .item(), .tolist() and a shape that depends on data raise."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not on meta
     config = char(nano, **changes)
     model = training_step(nano, config, META, inputs(config, 0))
-    idx = torch.zeros(2, 250, dtype=torch.long, device=META)
-    assert model.generate(idx, 10).shape == (2, 260)
+    idx = torch.zeros(2, 300, dtype=torch.long, device=META)
+    assert model.generate(idx, 10).shape == (2, 310)
 
 
 @pytest.mark.parametrize("break_it", [
@@ -94,14 +100,17 @@ def test_one_graph_for_dense_attention_and_one_for_all_draws():
 
 @pytest.mark.parametrize("nano, changes", [
     (nano_reuse, dict()), (nano_reuse, dict(reuse_heads=1)), (nano_reuse, dict(reuse_impl="probs")),
-    (nano_mom, dict(rounds=0))], ids=str)
+    (nano_mom, dict(rounds=0)), (nano_transevolve, dict(blocks=1)),
+    (nano_transevolve, dict(task="listops", blocks=1)),
+    (nano_transevolve, dict(task="encdec", blocks=1, ffn="random"))], ids=str)
 def test_one_graph(nano, changes):
     config = char(nano, n_embd=32, n_head=2, block_size=32, **{**dict(n_layer=3), **changes})
     torch.compiler.reset()
     counter = CompileCounter()
     fast = torch.compile(nano.GPT(config), backend=counter, fullgraph=True)
+    T = nano.context(config) if hasattr(nano, "context") else config.block_size
     for _ in range(3):
-        fast(torch.randint(65, (2, 32)), torch.randint(65, (2, 32)))
+        fast(torch.randint(65, (2, T)), torch.randint(65, (2, T)))
     assert counter.frame_count == 1
 
 
@@ -147,7 +156,8 @@ def test_the_compiled_step_has_the_same_gradients():
 def test_bfloat16_is_close_to_float32(nano, changes, inputs):
     config = char(nano, n_layer=2, n_embd=64, n_head=2, block_size=64, dropout=0.0, **changes)
     torch.manual_seed(0)
-    model, x = nano.GPT(config), torch.randint(65, (4, 65))
+    T = nano.context(config) if hasattr(nano, "context") else config.block_size
+    model, x = nano.GPT(config), torch.randint(65, (4, T + 1))
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
