@@ -335,10 +335,10 @@ def flag(default, help, choices=None, least=0, most=math.inf, free=False):
 @dataclass
 class Config:
     # the technique
-    task: str = flag("lm", "or encdec, prefix: read T, write T; listops",
+    task: str = flag("lm", "or encdec, prefix, listops",
                      ("lm", "encdec", "prefix", "listops"))
-    blocks: int = flag(2, "blocks, each with its scores; 0: dense twin")
-    evolve: bool = flag(True, "a block's maps evolve from layer to layer")
+    blocks: int = flag(2, "that share scores; 0: dense twin")
+    evolve: bool = flag(True, "maps evolve from layer to layer")
     ffn: str = flag("full", "learned matrices; random: fixed ones", ("full", "random"))
     # the run
     size: str = flag("auto", "auto: tiny on a CPU, else char", ("auto", *SIZES))
@@ -418,6 +418,8 @@ def parse_args(argv=None):
         sys.exit(f"error: --n_layer {config.n_layer} is not divisible by --blocks {config.blocks}")
     if config.task == "listops":
         config.block_size, config.dataset = 32, "listops"
+    if config.task in ("encdec", "prefix") and not earlier and "batch_size" not in given:
+        config.batch_size = math.ceil(config.batch_size / 2)  # of windows that are twice as long
     return config, earlier
 
 

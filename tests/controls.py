@@ -107,4 +107,26 @@ def mom(nano, out, results):
     return {"best weights, validation": rows}
 
 
-CONTROLS = {"ssa": ssa, "reuse": reuse, "mom": mom}
+def transevolve(nano, out, results):
+    """What each script's evaluation says of its arms: with parts set to 0, and between layers."""
+    rows = {"validation loss": {}}
+    for arm, result in results["arms"].items():
+        for title, row in result["evaluation"].items():
+            if "maps" in title and arm == "technique":
+                rows.setdefault("change of maps from layer to layer", {})[title] = row
+            for name in row.keys() & {"loss", "accuracy"}:
+                rows["validation loss"].setdefault(f"{title}: {name}", {})[arm] = row[name]
+    return rows
+
+
+def jump(nano, out, results):
+    """The evaluation of nano_jump.py, in numbers."""
+    found = results["arms"]["technique"]
+    rows = {layer: {name: float(x.rstrip("%")) / 100 if isinstance(x, str) else x
+                    for name, x in row.items()} for layer, row in found["evaluation"].items()}
+    exits = {name: {column: float(x.rstrip("%")) / 100 if isinstance(x, str) else x
+                    for column, x in row.items()} for name, row in found["exits"].items()}
+    return {"from each layer": rows, "early exit": exits}
+
+
+CONTROLS = {"ssa": ssa, "reuse": reuse, "mom": mom, "transevolve": transevolve, "jump": jump}

@@ -25,10 +25,12 @@ import nano_ssa
 SAME = ["MLP", "flag", "table", "help_text", "pick_device", "pick_dtype", "key",
         "find_data", "Data", "Run", "evaluate", "get_lr", "configure_optimizers", "Muon",
         "orthogonal", "write", "sample"]
+# but for these: an encoder's prompt is T tokens, and an expression no text; GPT-2 has biases
+OWN = {"nano_transevolve": {"sample"}, "nano_jump": {"MLP"}}
 # the same but for the technique's lines: how many may differ from nano_ssa.py's
 ALMOST = {"parse_args": 12, "train": 16, "main": 20, "Config": 12}
 BUDGETS = {"nano_ssa": (700, 36), "nano_reuse": (740, 38), "nano_mom": (790, 42),
-           "nano_transevolve": (860, 45), "nano_jump": (860, 45)}
+           "nano_transevolve": (870, 45), "nano_jump": (945, 48)}
 
 
 def definitions(name):
@@ -42,7 +44,7 @@ def test_shared_text_is_the_same(name):
     ours, first = definitions(name), definitions("nano_ssa")
     order = [each for each in ours if each in SAME]
     assert order == [each for each in first if each in SAME]
-    for each in SAME:
+    for each in set(SAME) - OWN.get(name, set()):
         assert ours[each] == first[each], each
     for each, most in ALMOST.items():
         lines, others = (text[each].splitlines() for text in (ours, first))
@@ -109,8 +111,8 @@ def test_bad_flags_of_the_technique(capsys, small):
 
 
 def test_flags_and_sizes(nano, monkeypatch, tmp_path):
-    config, _ = nano.parse_args(["--device=cpu", "--n_layer=3", "--compare", "--no-compare"])
-    assert (config.n_layer, config.compare, config.n_embd, config.size) == (3, False, 96, "tiny")
+    config, _ = nano.parse_args(["--device=cpu", "--n_layer=4", "--resume", "--no-resume"])
+    assert (config.n_layer, config.resume, config.n_embd, config.size) == (4, False, 96, "tiny")
     config, _ = nano.parse_args(["--device", "cpu", "--size", "char", "--dropout", "0"])
     assert (config.n_embd, config.block_size, config.dropout) == (384, 256, 0.0)
     config, _ = nano.parse_args(["--device", "cpu", "--size", "gpt2"])
@@ -397,15 +399,18 @@ def log(out, arm="technique"):
 
 def test_a_run_learns_prints_and_writes(nano, corpus, tmp_path, capsys):
     out = tmp_path / "out"
-    longer = "--max_iters 150 --eval_interval 50 --compare --sample_tokens 20 --batch_size 8".split()
+    longer = "--max_iters 150 --eval_interval 50 --sample_tokens 20 --batch_size 8".split()
+    arms = hasattr(nano.Config, "compare") + 1  # nano_jump.py has nothing to compare with
+    longer += ["--compare"] * (arms - 1)
     results = nano.main([*SMALL, *longer, "--dataset", str(corpus), "--out_dir", str(out)])
     assert json.loads((out / "results.json").read_text()) == results
     printed = capsys.readouterr().out
     assert str(out) in printed and "float32" in printed and "the default on cpu" in printed
     assert results["arms"]["technique"]["sample"] in printed and "val_loss" in printed
-    assert results["torch"] == torch.__version__ and len(results["arms"]) >= 2
+    assert results["torch"] == torch.__version__ and len(results["arms"]) >= arms
     for name, arm in results["arms"].items():
-        assert [line["step"] for line in log(out, name)] == [50, 100, 150]
+        steps = [line["step"] for line in log(out, name) if "routed_loss" not in line]
+        assert steps == [50, 100, 150]
         assert arm["val_loss"] == log(out, name)[-1]["val_loss"] < 3.3
         assert arm["best_val_loss"] <= arm["val_loss"] and arm["tokens_per_second"] > 0
         assert {"train_loss", "parameters", "evaluation"} <= set(arm)
@@ -514,7 +519,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nano, capsys, 
                                                                   monkeypatch):
     losses = iter([3.0, math.nan])
     monkeypatch.setattr(nano, "evaluate", lambda *_: next(losses))
-    refused(nano.main, capsys, small, "after step 20", "learning rates")
+    flags = ["--rounds", "0"] if nano.SCRIPT == "nano_mom" else []  # one phase
+    refused(nano.main, capsys, [*small, *flags], "after step 20", "learning rates")
     assert torch.load(tmp_path / "out" / "technique" / "ckpt.pt", weights_only=True)["step"] == 10
 
 
@@ -534,7 +540,7 @@ def test_a_full_disk_loses_nothing(small, tmp_path):
 
 
 def final_loss(nano, argv):
-    arm = nano.main([*argv, "--n_layer", "1"])["arms"]["technique"]
+    arm = nano.main(argv)["arms"]["technique"]
     return arm["val_loss"]
 
 
@@ -620,4 +626,4 @@ def test_dropout_has_a_key_of_its_own_in_every_micro_step(nano, small, monkeypat
 def test_the_log_says_what_the_step_was(nano, small, tmp_path):
     nano.main(small)
     for line in log(tmp_path / "out"):
-        assert set(line) == {"step", "train_loss", "val_loss", "grad_norm", "learning_rate"}
+        assert set(line) - {"routed_loss"} == {"step", "train_loss", "val_loss", "grad_norm", "learning_rate"}
