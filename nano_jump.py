@@ -29,7 +29,18 @@ of all layers above l are replaced by their best linear maps.
     python nano_jump.py                                # train, fit, evaluate, sample
     python nano_jump.py --init_from gpt2 --dataset shakespeare --fit_tokens 32768
 
-TABLE
+Default settings, 3 seeds (tests/results/jump.md); of validation text:
+
+    from layer                           0      1      2      3      4      5
+    r^2 to layer 6, id               -0.21   0.04   0.13   0.30   0.51   0.75
+    r^2 to layer 6, mat               0.46   0.69   0.76   0.84   0.91   0.95
+    P@1, id                            3 %   24 %   36 %   52 %   67 %   81 %
+    P@1, mat                          40 %   54 %   62 %   72 %   81 %   90 %
+    P@1, attention linear above       40 %   75 %   78 %   86 %   90 %   94 %
+    P@1, LayerNorms linear above      88 %   89 %   90 %   92 %   94 %   96 %
+
+Where 95 % of the choices are the full model's, early exit saves 23 % of the layers with mat, 14 %
+with id. The abstract names attention as most tolerant of a linear map; here LayerNorms are.
 
 The paper's body was not at hand: definitions are its abstract's and those of the authors' code
 (github.com/sashayd/mat). Row vectors here, h A for their A h. Chosen here:
