@@ -374,7 +374,7 @@ def rename(weights):
 
 def check(config, weights, data):
     """Every weight has a place, and every place a weight, or the model is refused."""
-    V, vocab = data["vocab_size"], len(weights["wte.weight"])
+    V, vocab = data["vocab_size"], len(weights.get("wte.weight", ()))
     if V == 50257 < vocab:  # the embedding was padded: no token has these rows
         weights["wte.weight"] = weights["wte.weight"][:V]
     elif V != vocab:

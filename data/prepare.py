@@ -175,9 +175,8 @@ def listops(args, tmp):
                 rows.append(row)
         rng.shuffle(rows)  # the last ones drawn are those of the rarest value
         (tmp / f"{split}.bin").write_bytes(np.array(rows, "<u2"))
-    alphabet = ["", *(f"{word} " for word in WORDS[1:])]  # 0 is padding
-    return dict(tokenizer="char", alphabet=alphabet, vocab_size=len(WORDS), source="generated",
-                sha256=None)
+    return dict(tokenizer="char", alphabet=[f"{word} ".lstrip() for word in WORDS],
+                vocab_size=len(WORDS), source="generated", sha256=None)
 
 
 def expression(rng, depth):

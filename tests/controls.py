@@ -71,7 +71,7 @@ def reuse(nano, out, results, windows=64):
     """Are maps of neighbouring layers alike because they do the same, or because all causal maps are
     somewhat alike? Then those of two different texts are, too."""
     config, run, model = load(nano, out, "dense")
-    T, L, H = config.block_size, config.n_layer, config.n_head
+    T, L = config.block_size, config.n_layer
     starts = np.concatenate(run.data.windows("val", config.eval_tokens))
     starts = starts[::math.ceil(len(starts) / windows)]
     maps = []  # of each text, (L, H, T/2 T)

@@ -366,6 +366,8 @@ def damaged(gpt2, kind):
         change({**tensors, "lm_head.weight": tensors["wte.weight"] + 1})
     if kind == "missing":
         change({name: w for name, w in tensors.items() if name != "h.1.ln_2.weight"})
+    if kind == "no embedding":
+        change({name: w for name, w in tensors.items() if name != "wte.weight"})
     if kind == "left over":
         change({**tensors, "h.3.ln_1.weight": torch.ones(16)})
     if kind == "shape":
@@ -388,7 +390,7 @@ def damaged(gpt2, kind):
 
 @pytest.mark.parametrize("kind, words", [
     ("own head", ["lm_head.weight"]), ("missing", ["h.1.ln_2.weight is None"]),
-    ("left over", ["h.3.ln_1.weight"]), ("shape", ["wpe.weight", "[64, 16]"]),
+    ("no embedding", ["vocabulary of 0"]), ("left over", ["h.3.ln_1.weight"]), ("shape", ["wpe.weight", "[64, 16]"]),
     ("truncated", ["download it again"]), ("lfs", ["git lfs pull"]), ("empty", ["no whole GPT-2"]),
     ("no config", ["config.json"]), ("not gpt2", ["model_type llama", "gpt2"]),
     ("untied", ["tie_word_embeddings"]), ("wide", ["n_inner"])])
