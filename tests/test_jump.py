@@ -189,6 +189,13 @@ def test_the_decoder_equals_a_slow_one(how, layers, lam):
         assert set(taken) == {1}
 
 
+def test_a_used_decoder_takes_another_longer_text():
+    model, first, other = model_of(), tokens(1, 5, seed=3), tokens(1, 9, seed=4)
+    decoder = nano.Decoder(model)
+    decoder(first)
+    torch.testing.assert_close(decoder(other), model(other)[0][:, -1], atol=1e-9, rtol=1e-9)
+
+
 def test_no_token_goes_through_a_layer_twice_nor_through_those_it_left_out():
     model, rows = model_of(), [0] * 4
     maps = {pair: A.double() for pair, A in nano.fit(nano.moments(model, [tokens(50)])[2]).items()}

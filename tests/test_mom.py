@@ -394,6 +394,19 @@ def test_a_run_of_two_phases_beside_vanilla(small, tmp_path, capsys):
     assert "round 3 F" in capsys.readouterr().out
 
 
+def test_steps_of_both_phases(small, monkeypatch):
+    rounds, forward = [], nano.GPT.forward
+
+    def recorded(model, idx, targets=None, routes=None):
+        if model.training:
+            rounds.append(model.rounds)
+        return forward(model, idx, targets, routes)
+
+    monkeypatch.setattr(nano.GPT, "forward", recorded)
+    nano.main([*small, *PHASES])
+    assert rounds == [0] * 12 + [4] * 8
+
+
 @pytest.mark.parametrize("killed_at", [9, 15, 18])
 def test_a_killed_run_goes_on_to_the_bit_in_both_phases(small, tmp_path, monkeypatch, killed_at):
     argv, get_lr = [*small[:-1], "out", *PHASES, "--dropout", "0.1"], nano.get_lr
