@@ -33,13 +33,13 @@ Default settings, 3 seeds (tests/results/jump.md); of validation text:
 
     from layer                           0      1      2      3      4      5
     r^2 to layer 6, id               -0.21   0.04   0.13   0.30   0.51   0.75
-    r^2 to layer 6, mat               0.46   0.69   0.76   0.84   0.91   0.95
+    r^2 to layer 6, mat               0.44   0.69   0.76   0.84   0.90   0.95
     P@1, id                            3 %   24 %   36 %   52 %   67 %   81 %
-    P@1, mat                          40 %   54 %   62 %   72 %   81 %   90 %
-    P@1, attention linear above       40 %   75 %   78 %   86 %   90 %   94 %
-    P@1, LayerNorms linear above      88 %   89 %   90 %   92 %   94 %   96 %
+    P@1, mat                          39 %   54 %   62 %   72 %   81 %   90 %
+    P@1, attention linear above       40 %   75 %   78 %   85 %   90 %   94 %
+    P@1, LayerNorms linear above      88 %   89 %   91 %   92 %   94 %   96 %
 
-Where 95 % of the choices are the full model's, early exit saves 23 % of the layers with mat, 14 %
+Where 95 % of the choices are the full model's, early exit saves 24 % of the layers with mat, 15 %
 with id. The abstract names attention as most tolerant of a linear map; here LayerNorms are.
 
 The paper's body was not at hand: definitions are its abstract's and those of the authors' code
@@ -405,7 +405,7 @@ def flag(default, help, choices=None, least=0, most=math.inf, free=False):
 class Config:
     # the technique
     init_from: str = flag("", "a GPT-2: name, folder or checkpoint")
-    fit_tokens: int = flag(2**17, "tokens that maps are fitted to", least=1, free=True)
+    fit_tokens: int = flag(2**15, "tokens that maps are fitted to", least=1, free=True)
     agreement: float = flag(0.95, "of early exit with the model", most=1, free=True)
     # the run
     size: str = flag("auto", "auto: tiny on a CPU, else char", ("auto", *SIZES))
@@ -824,19 +824,19 @@ def reading(logits, full):
 
 @torch.no_grad()
 def measure(config, run, model):
-    """What the paper measures, and a Decoder. Maps are fitted to training text, r^2 is that of the
-    validation text, the rest of a quarter of it."""
+    """What the paper measures, of an eighth of the validation text, and a Decoder. Maps are fitted
+    to training text."""
     torch.set_float32_matmul_precision("highest")  # TF32 is too coarse to fit to
     L, T = config.n_layer, config.block_size
     maps = fit(moments(model, texts(run, "train", config.fit_tokens))[2])
     linear = fit_parts(model, texts(run, "train", config.fit_tokens))
-    held_out, r2 = moments(model, texts(run, "val", config.eval_tokens)), {}
+    held_out, r2 = moments(model, texts(run, "val", config.eval_tokens // 8)), {}
     for name, A in ("id", dict.fromkeys(maps, torch.eye(config.n_embd))), ("mat", maps):
         r2[name] = {f"{i} {j}": explained(held_out, i, j, A[i, j]) for i, j in maps}
 
     maps = {pair: A.to(run.device) for pair, A in maps.items()}
     found = {name: [] for name in ("id", "mat", *PARTS)}
-    for idx in texts(run, "val", config.eval_tokens // 4):
+    for idx in texts(run, "val", config.eval_tokens // 8):
         states = model.states(idx)
         full = model.read_out(states[-1]).float().log_softmax(-1)              # (B, T, V)
         jumps = [h @ maps[l, L] for l, h in enumerate(states[:-1])]

@@ -286,7 +286,7 @@ class Config:
     router_dim: int = flag(32, "R: width of a router's state", least=1)
     tau: float = flag(0.2, "temperature of the routers", least=1e-3)
     balance: float = flag(0.01, "weight of the balance loss")
-    phase1: float = flag(0.8, "share of the steps that are vanilla's", most=0.99)
+    phase1: float = flag(0.9, "share of the steps that are vanilla's", most=0.99)
     # the run
     size: str = flag("auto", "auto: tiny on a CPU, else char", ("auto", *SIZES))
     dataset: str = flag("auto", "a folder, or one of those in data/", free=True)

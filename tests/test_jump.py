@@ -228,7 +228,7 @@ def test_the_evaluation_is_that_of_literal_loops(small, tmp_path):
     model.load_state_dict(best["model"])
     maps = nano.fit(nano.moments(model, nano.texts(run, "train", 2048))[2])
     linear = nano.fit_parts(model, nano.texts(run, "train", 2048))
-    idx = torch.cat(list(nano.texts(run, "val", 256)))
+    idx = torch.cat(list(nano.texts(run, "val", 128)))
     states = model.states(idx)
     full = model.read_out(states[-1]).log_softmax(-1).flatten(0, 1)
     for l, row in enumerate(found["evaluation"].values()):
@@ -246,7 +246,7 @@ def test_the_evaluation_is_that_of_literal_loops(small, tmp_path):
                 assert float(row[f"P@5 {name}"][:-1]) == pytest.approx(100 * np.mean(five), abs=0.5)
                 surprisal = np.mean([-p[c].item() for p, c in zip(full, choice)])
                 assert row[f"surp. {name}"] == pytest.approx(surprisal, abs=1e-3)
-    held_out = nano.moments(model, nano.texts(run, "val", config.eval_tokens))
+    held_out = nano.moments(model, nano.texts(run, "val", 128))
     for i, j in maps:
         ours = found["r2"]["mat"][f"{i} {j}"]
         assert ours == pytest.approx(nano.explained(held_out, i, j, maps[i, j]), abs=1e-6)
