@@ -18,11 +18,10 @@ cosines of l times learned coefficients. Multiplied out, a score has four terms:
 
 The A are computed once in a block. But look at the indices: the second and the fourth term are the
 same for all j, and cancel in the softmax. They do nothing, exactly; nor do their weights, which are
-left out here. Evolution is one bias for each key and head:
+left out here. Evolution is one bias for each key and head, which raises or lowers how much the key
+is looked at, by all queries alike, and cannot pair them anew:
 
     P^l = softmax_j(A0_ij + b^l_j)                  b^l_j = K_j . (W T^l)
-
-It raises or lowers how much a key is looked at, by all queries alike; it cannot pair them anew.
 
     x --> Q, K --> A0 ---------+---------------------------+            a block of two layers, whose
     |        K --> b^0, b^1 ---+---------------------------+            values are the normed stream
@@ -30,8 +29,7 @@ It raises or lowers how much a key is looked at, by all queries alike; it cannot
 
 FF is an MLP (--ffn full), or fixed random matrices that depend on l, with learned scales (random).
 
-    python nano_transevolve.py                  # a decoder: train, evaluate, sample
-    python nano_transevolve.py --compare        # also the dense twin, and the same without biases
+    python nano_transevolve.py --compare        # a decoder, its dense twin, the same without biases
     python nano_transevolve.py --task encdec    # an encoder reads T tokens, a decoder the next T
     python nano_transevolve.py --task listops   # an encoder computes [MAX 2 9 [MIN 4 7 ] 0 ]
 
@@ -106,10 +104,6 @@ def heads(x, n_head):  # (B, T, H D) -> (B, H, T, D)
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
 
 
-def coefficients(C):
-    return nn.Parameter(torch.empty(C).uniform_(-1, 1) * math.sqrt(6 / C))
-
-
 class Interaction(nn.Module):
     """A block's attention. Once: the scores that its L layers share, and the biases by which they
     evolve, in float32, as both go into an exponent. Of each layer only a norm, whose output is the
@@ -123,7 +117,8 @@ class Interaction(nn.Module):
         self.c_k = nn.Linear(C, 2 * C, bias=False)                                 # W_K^x
         if self.evolve:
             self.c_t = nn.Linear(C, 2 * C, bias=False)                             # W_Q^t
-            self.c = nn.ParameterList(coefficients(C) for _ in range(L))           # c^l
+            c = (torch.empty(C).uniform_(-1, 1) * math.sqrt(6 / C) for _ in range(L))
+            self.c = nn.ParameterList(c)                                           # c^l, (C,) each
         signal = torch.stack([time_signal(l, C) for l in range(L)])                # s^l
         self.register_buffer("signal", signal, persistent=False)
         self.ln = nn.ModuleList(nn.LayerNorm(C, bias=False) for _ in range(L))
@@ -167,8 +162,9 @@ class RandomFF(nn.Module):
         self.register_buffer("V_1", rotation(4 * C, 4 * C)[:C].clone())            # (C, 4C)
         self.register_buffer("U_2", rotation(4 * C, C)[:, :C].clone())             # (4C, C)
         self.register_buffer("V_2", rotation(C, C))                                # (C, C)
-        self.s_1, self.bias_1 = coefficients(C), nn.Parameter(torch.zeros(4 * C))
-        self.s_2, self.bias_2 = coefficients(C), nn.Parameter(torch.zeros(C))
+        s = (torch.empty(C).uniform_(-1, 1) * math.sqrt(6 / C) for _ in range(2))
+        self.s_1, self.s_2 = map(nn.Parameter, s)                                  # (C,) each
+        self.bias_1, self.bias_2 = (nn.Parameter(torch.zeros(n)) for n in (4 * C, C))
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -215,8 +211,8 @@ class Attention(nn.Module):
         qkv = self.c_q(x), self.c_k(source), self.c_v(source)                      # (B, T or S, C)
         q, k, v = (heads(y, self.n_head) for y in qkv)                             # (B, H, ., D)
         dropout = self.dropout if self.training else 0.0
-        mask = None if real is None else real[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=self.causal)
+        real = None if real is None else real[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, real, dropout, is_causal=self.causal)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), dropout)
 
 
@@ -281,8 +277,6 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
 
     def forward(self, idx, targets=None):
         """Token ids (B, S) -> logits (B, T, vocab) and, with targets, the mean loss in nats.
@@ -419,7 +413,7 @@ def parse_args(argv=None):
     if config.task == "listops":
         config.block_size, config.dataset = 32, "listops"
     if config.task in ("encdec", "prefix") and not earlier and "batch_size" not in given:
-        config.batch_size = math.ceil(config.batch_size / 2)  # of windows that are twice as long
+        config.batch_size = math.ceil(config.batch_size / 4)  # windows are longer, stacks are two
     return config, earlier
 
 
