@@ -38,7 +38,6 @@ from using one of its E candidates for everything: f_e is e's share of the picks
 Default settings, 3 seeds, nats per character (tests/results/mom.md); random: b_r = 0 at first:
                            MoM    vanilla    random    --rounds 3 --route_k 2    no routers
     validation           1.661      1.661     2.041                     1.748         1.665
-    FLOPs a token         2.1M       1.5M      2.2M                      1.5M          2.4M
 
 Modules, SKIP, two routers, H rounds, top-K, two phases are the paper's, whose equations were not at
 hand. Its code's: GRU routers that read x itself, sums of queries, keys and values without gates, a
@@ -48,7 +47,8 @@ key and a value of 0 where a token skips, tau = 0.2, 0.01 for the balance loss. 
  2. The code starts phase 2 with random routers, which scramble what phase 1 learned. Here b_r, a
     learned bias, starts it on vanilla's path: the same modules, with gates a little below 1.
  3. The balance loss counts all K picks; the code's takes softmax(p), and the first pick only.
- 4. One schedule for both phases. All layers are modules; the code keeps some plain.
+ 4. One schedule for both phases; routers wait in the first, where weight decay shrinks them. All
+    layers are modules; the code keeps some plain.
 """
 import argparse
 import json
@@ -286,7 +286,7 @@ class Config:
     router_dim: int = flag(32, "R: width of a router's state", least=1)
     tau: float = flag(0.2, "temperature of the routers", least=1e-3)
     balance: float = flag(0.01, "weight of the balance loss")
-    phase1: float = flag(0.9, "share of the steps that are vanilla's", most=0.99)
+    phase1: float = flag(0.8, "share of the steps that are vanilla's", most=0.99)
     # the run
     size: str = flag("auto", "auto: tiny on a CPU, else char", ("auto", *SIZES))
     dataset: str = flag("auto", "a folder, or one of those in data/", free=True)

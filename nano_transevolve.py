@@ -387,6 +387,9 @@ def parse_args(argv=None):
         size = "tiny" if pick_device(given.get("device", "auto")).type == "cpu" else "char"
     settings = {name: f.metadata["sizes"].get(size, f.default) for name, f in flags.items()}
     settings["size"] = size
+    if given.get("task") in ("encdec", "prefix"):  # longer windows, two stacks: fewer of them
+        settings["batch_size"] //= 2
+        settings["max_iters"] = settings["max_iters"] * 2 // 3
     if given.get("resume") or given.get("eval_only"):
         runs = Path("out", SCRIPT).glob("*/results.json")
         path = max(runs, key=os.path.getmtime, default=Path("out", SCRIPT, "results.json"))
@@ -412,8 +415,6 @@ def parse_args(argv=None):
         sys.exit(f"error: --n_layer {config.n_layer} is not divisible by --blocks {config.blocks}")
     if config.task == "listops":
         config.block_size, config.dataset = 32, "listops"
-    if config.task in ("encdec", "prefix") and not earlier and "batch_size" not in given:
-        config.batch_size = math.ceil(config.batch_size / 4)  # windows are longer, stacks are two
     return config, earlier
 
 
