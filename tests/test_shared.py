@@ -608,7 +608,8 @@ def test_ctrl_c_and_a_broken_compiler_end_in_a_sentence(small, tmp_path):
     assert code == 1 and "--compile off" in err and "Traceback" not in err, err
     argv = [*small[:-1], str(tmp_path / "long"), "--max_iters", "100000"]
     process = subprocess.Popen([sys.executable, ROOT / "nano_ssa.py", *argv], text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not (tmp_path / "long" / "technique" / "ckpt.pt").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
