@@ -76,7 +76,7 @@ BELIEVE = {"ssa": """\
 - Encoder and decoder: 0.050 ± 0.009 ahead of the ordinary twin, 0.016 ± 0.006 of that by evolution.
   But the twin has learned to ignore its encoder (setting its output to 0 costs less than 0.003),
   and one decoder that reads all tokens is as good (1.821 ± 0.034), with less than half the weights.
-- ListOps: see the table; all arms are far from solving it in these steps.
+- ListOps, in these few steps: all arms are level, and far from solving it (47 to 49%).
 - Not answered: translation, the paper's task, and longer training.
 """, "jump": """\
 - Linear maps read a layer better than the logit lens: in r² from every layer, and in the share of
@@ -274,9 +274,9 @@ def draw(script, results):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.rcParams["figure.constrained_layout.use"] = True
     target = ROOT / "tests" / "results" / f"{script}.png"
     figure = PICTURES[script](plt, results, target)
-    figure.set_layout_engine("constrained")
     figure.savefig(target, dpi=100, bbox_inches="tight", facecolor="white")
 
 
