@@ -260,8 +260,8 @@ class Decoder:
     maps: from fit, or None for the logit lens; layers: after these a token may leave; lam: it does
     if it is surer than threshold(lam, t, N). A token that left still owes the later layers its keys
     and values. So it waits, and the next token that goes on takes all that wait there along, in one
-    batch, hardly slower than one token. So each token sees what it would see in the full model.
-    depths: how many layers the choice of each token took."""
+    batch: each token sees what it would see in the full model. depths: how many layers the choice
+    of each token took."""
 
     def __init__(self, model, maps=None, layers=(), lam=0.0):
         self.model, self.maps, self.layers, self.lam = model, maps, layers, lam

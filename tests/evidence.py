@@ -85,8 +85,8 @@ BELIEVE = {"ssa": """\
   14.8 ± 1.8% without: 8.8 points more; the paper's abstract has 7.9 for GPT-2.
 - Not attention, as the abstract has it, but the LayerNorms are the part that can best be linear.
 - What that is worth in tokens/s: tests/results/jump_bench.txt.
-- Not answered: GPT-2's own weights, which were not to be had; larger vocabularies, where asking
-  costs more than a layer.
+- Not answered: GPT-2's own weights, which were not to be had, and what exits save in time where
+  the vocabulary is large.
 """}
 
 
