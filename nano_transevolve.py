@@ -225,7 +225,7 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.drop(self.c_proj(F.gelu(self.c_fc(x))))  # exact; GPT-2 takes tanh for erf
 
 
 class Block(nn.Module):
@@ -349,16 +349,17 @@ class Config:
     compile: str = flag("auto", "on, off; auto: on CUDA", ("auto", "on", "off"), free=True)
     # the model
     n_layer: int = flag((6, 6, 12), "transformer blocks", least=1)
-    n_head: int = flag((4, 6, 12), "attention heads", least=1)
-    n_embd: int = flag((96, 384, 768), "width of the residual stream", least=1)
+    n_head: int = flag((2, 6, 12), "attention heads", least=1)
+    n_embd: int = flag((64, 384, 768), "width of the residual stream", least=1)
     block_size: int = flag((64, 256, 1024), "context length T, in tokens", least=1)
     dropout: float = flag((0.0, 0.2, 0.0), "dropout rate", most=1)
-    # training
-    batch_size: int = flag((16, 64, 16), "sequences in a micro-step", least=1)
+    # training: tuned at tiny; schedule and betas are the same in char and gpt2, not measured there
+    batch_size: int = flag((32, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
     max_iters: int = flag((1000, 5000, 20000), "training steps", least=1)
     learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
     muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
+    momentum: float = flag((0.9, 0.95, 0.95), "of Muon", most=1)
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
@@ -630,7 +631,6 @@ def train(config, run, folder, model):
         for optimizer, peak in ((adamw, config.learning_rate), (muon, config.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(config, step, peak)
-
         for micro_step in range(run.rank, config.grad_accum, run.world):
             x, y = run.data.rows("train", order[step, micro_step])
             torch.manual_seed(key(config.seed, "dropout", step, micro_step))
@@ -691,7 +691,7 @@ def configure_optimizers(model, config):
     groups = [dict(params=embeddings, weight_decay=config.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
-    return adamw, Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+    return adamw, Muon(matrices, config.muon_lr, config.weight_decay, config.momentum)
 
 
 class Muon(torch.optim.Optimizer):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,3 +63,59 @@ def refused(main, capsys, argv, *words):
     line = end.value.code
     assert line.startswith("error: ") and "\n" not in line and "Traceback" not in error, (line, error)
     assert all(word in line for word in words), (words, line)
+
+
+def same_as_dense_twin(nano, changes=(), **shape):
+    """A script with these changes and nano_ssa.py's dense twin: outputs and gradients to the bit."""
+    twin, results = importlib.import_module("nano_ssa"), []
+    idx = torch.randint(shape["vocab_size"], (2, shape["block_size"] + 1))
+    for script, flags in ((nano, dict(changes)), (twin, dict(ssa="off"))):
+        torch.manual_seed(0)
+        model = script.GPT(script.Config(**shape, **flags))
+        logits, loss = model(idx[:, :-1], idx[:, 1:])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results.append([logits, loss, *model.parameters(), *gradients])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def future_is_invisible(model, vocab, T, seed, **given):
+    """Logits of a token do not change with later tokens, and have no gradient from them."""
+    generator = torch.Generator().manual_seed(seed)
+    idx = torch.randint(vocab, (1, T), generator=generator)
+    t = int(torch.randint(T - 1, (), generator=generator))
+    other = torch.cat([idx[:, :t + 1], (idx[:, t + 1:] + 1) % vocab], 1)
+    before, after = (model(x, **given)[0][:, :t + 1] for x in (idx, other))
+    torch.testing.assert_close(before, after, atol=1e-12, rtol=1e-12)
+    embedding = []
+    hook = model.drop.register_forward_hook(lambda m, x, y: embedding.append(y))
+    logits = model(idx, **given)[0]
+    hook.remove()
+    gradient, = torch.autograd.grad(logits[0, t].sum(), embedding)
+    assert (gradient[0, t + 1:] == 0).all() and (gradient[0, t] != 0).any(), "by gradient"
+
+
+def killed(nano, monkeypatch, argv, step):
+    """A run that is stopped before a step."""
+    get_lr = nano.get_lr
+
+    def stops(config, now, peak):
+        if now == step:
+            raise KeyboardInterrupt
+        return get_lr(config, now, peak)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nano, "get_lr", stops)
+        nano.main(argv)
+
+
+def goes_on_to_the_bit(nano, monkeypatch, tmp_path, argv, step):
+    """A run, stopped before a step and resumed, has the results and weights of one that was not."""
+    monkeypatch.chdir(tmp_path)
+    whole = nano.main([*argv, "--out_dir", "whole"])["arms"]["technique"]
+    killed(nano, monkeypatch, [*argv, "--out_dir", "killed"], step)
+    resumed = nano.main([*argv, "--out_dir", "killed", "--resume"])["arms"]["technique"]
+    for name in whole.keys() - {"log", "tokens_per_second"}:
+        assert resumed[name] == whole[name], name
+    saved = [torch.load(f"{out}/technique/ckpt.pt", weights_only=True)["model"]
+             for out in ("whole", "killed")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])

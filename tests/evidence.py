@@ -270,13 +270,17 @@ PICTURES = {"ssa": picture_ssa, "reuse": picture_reuse, "mom": picture_mom,
             "transevolve": picture_transevolve, "jump": picture_jump}
 
 
-def draw(script, results):
+def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams["figure.constrained_layout.use"] = True
+    return plt
+
+
+def draw(script, results):
     target = ROOT / "tests" / "results" / f"{script}.png"
-    figure = PICTURES[script](plt, results, target)
+    figure = PICTURES[script](pyplot(), results, target)
     figure.savefig(target, dpi=100, bbox_inches="tight", facecolor="white")
 
 

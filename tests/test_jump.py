@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused
+from conftest import future_is_invisible, goes_on_to_the_bit, refused, same_as_dense_twin
 
 import nano_jump as nano
 import nano_reuse
@@ -73,26 +73,12 @@ def test_states_are_from_before_the_final_norm():
 
 
 def test_it_is_the_dense_twin_to_the_bit():
-    results, idx = [], tokens(T=17)
-    for build in (lambda: nano.GPT(nano.Config(**SHAPE)),
-                  lambda: nano_ssa.GPT(nano_ssa.Config(**SHAPE, ssa="off"))):
-        torch.manual_seed(0)
-        model = build()
-        logits, loss = model(idx[:, :-1], idx[:, 1:])
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        results.append([logits, loss, *model.parameters(), *gradients])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    same_as_dense_twin(nano, **SHAPE)
 
 
 def test_the_future_is_invisible():
-    model, idx = model_of(), tokens(1)
-    other = torch.cat([idx[:, :8], (idx[:, 8:] + 1) % 40], 1)
-    for a, b in zip(model.states(idx), model.states(other)):
-        torch.testing.assert_close(a[:, :8], b[:, :8], atol=1e-12, rtol=1e-12)
-    embedding = []
-    model.drop.register_forward_hook(lambda m, x, y: embedding.append(y))
-    gradient, = torch.autograd.grad(model(idx)[0][0, 7].sum(), embedding)
-    assert (gradient[0, 8:] == 0).all() and (gradient[0, 7] != 0).any()
+    for seed in range(4):
+        future_is_invisible(model_of(), 40, 16, seed)
 
 
 # parts of a layer
@@ -257,21 +243,8 @@ def test_the_evaluation_is_that_of_literal_loops(small, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_bit(small, tmp_path, monkeypatch):
-    argv, get_lr = [*small[:-2], "--dropout", "0.1", "--fit_tokens", "512"], nano.get_lr
-
-    def killed(config, step, peak):
-        if step == 15:
-            raise KeyboardInterrupt
-        return get_lr(config, step, peak)
-
-    monkeypatch.chdir(tmp_path)
-    whole = nano.main([*argv, "--out_dir", "whole"])["arms"]["technique"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(nano, "get_lr", killed)
-        nano.main([*argv, "--out_dir", "killed"])
-    resumed = nano.main([*argv, "--out_dir", "killed", "--resume"])["arms"]["technique"]
-    for name in ("val_loss", "train_loss", "evaluation", "exits", "r2", "sample"):
-        assert resumed[name] == whole[name]
+    argv = [*small[:-2], "--dropout", "0.1", "--fit_tokens", "512"]
+    goes_on_to_the_bit(nano, monkeypatch, tmp_path, argv, 15)
 
 
 # a trained model

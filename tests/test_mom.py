@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, refused
+from conftest import (ROOT, SMALL, future_is_invisible, goes_on_to_the_bit, killed, refused,
+                      same_as_dense_twin)
 
 import nano_mom as nano
 import nano_ssa
@@ -52,7 +53,7 @@ def causal(q, k, v, H):
 
 
 def mlp(block, x):
-    return block.mlp.c_proj(F.gelu(block.mlp.c_fc(norm(x, block.ln_2)), approximate="tanh"))
+    return block.mlp.c_proj(F.gelu(block.mlp.c_fc(norm(x, block.ln_2))))
 
 
 def attention(block, x, H):
@@ -203,14 +204,8 @@ def by_hand(model, idx, rounds, choose):
 
 
 def test_without_rounds_it_is_the_dense_twin_to_the_bit():
-    results, idx = [], tokens(T=17)
-    for build in (lambda: nano.GPT(config_of(rounds=0)), twin):
-        torch.manual_seed(0)
-        model = build()
-        logits, loss = model(idx[:, :-1], idx[:, 1:])
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        results.append([logits, loss, *model.parameters(), *gradients])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    shape = {name: SHAPE[name] for name in SHAPE if name not in ("rounds", "router_dim")}
+    same_as_dense_twin(nano, dict(rounds=0), **shape)
 
 
 def test_phase_1_is_the_dense_twin_to_the_bit_and_routers_add_no_other_weights():
@@ -298,15 +293,7 @@ def test_all_picks_of_one_token_skip():
 def test_the_future_is_invisible(changes):
     model = model_of(config_of(**changes))
     for seed in range(6):
-        idx, t = tokens(1, 16, seed), 2 * seed + 2
-        other = torch.cat([idx[:, :t + 1], (idx[:, t + 1:] + 1) % 50], 1)
-        before, after = (model(x)[0][:, :t + 1] for x in (idx, other))
-        torch.testing.assert_close(before, after, atol=1e-12, rtol=1e-12)
-        embedding = []
-        hook = model.drop.register_forward_hook(lambda m, x, y: embedding.append(y))
-        gradient, = torch.autograd.grad(model(idx)[0][0, t].sum(), embedding)
-        hook.remove()
-        assert (gradient[0, t + 1:] == 0).all() and (gradient[0, t] != 0).any()
+        future_is_invisible(model, 50, 16, seed)
 
 
 def test_sequences_do_not_meet():
@@ -409,38 +396,13 @@ def test_steps_of_both_phases(small, monkeypatch):
 
 @pytest.mark.parametrize("killed_at", [9, 15, 18])
 def test_a_killed_run_goes_on_to_the_bit_in_both_phases(small, tmp_path, monkeypatch, killed_at):
-    argv, get_lr = [*small[:-1], "out", *PHASES, "--dropout", "0.1"], nano.get_lr
+    argv = [*small[:-2], *PHASES, "--dropout", "0.1"]
     argv[argv.index("--eval_interval") + 1] = "4"
-
-    def killed(config, step, peak):
-        if step == killed_at:
-            raise KeyboardInterrupt
-        return get_lr(config, step, peak)
-
-    monkeypatch.chdir(tmp_path)
-    whole = nano.main(argv)["arms"]["technique"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(nano, "get_lr", killed)
-        nano.main([*argv, "--out_dir", "killed"])
-    resumed = nano.main([*argv, "--out_dir", "killed", "--resume"])["arms"]["technique"]
-    for name in ("val_loss", "best_val_loss", "train_loss", "evaluation", "sample"):
-        assert resumed[name] == whole[name]
-    saved = [torch.load(f"{out}/technique/ckpt.pt", weights_only=True)["model"]
-             for out in ("out", "killed")]
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    goes_on_to_the_bit(nano, monkeypatch, tmp_path, argv, killed_at)
 
 
 def test_a_run_killed_in_phase_1_says_that_nothing_is_there_to_evaluate(small, capsys, monkeypatch):
-    get_lr = nano.get_lr
-
-    def killed(config, step, peak):
-        if step == 11:
-            raise KeyboardInterrupt
-        return get_lr(config, step, peak)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(nano, "get_lr", killed)
-        nano.main([*small, *PHASES])
+    killed(nano, monkeypatch, [*small, *PHASES], 11)
     refused(nano.main, capsys, [*small, "--eval_only"], "no checkpoint", "--resume")
 
 

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused
+from conftest import future_is_invisible, goes_on_to_the_bit, refused, same_as_dense_twin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import nano_reuse as nano
-import nano_ssa
 
 IMPLS = ["qk", "probs"]
 SHAPE = dict(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50)
@@ -51,7 +50,7 @@ def oracle(model, config, idx):
         out = [maps[head] @ v[..., head * D:(head + 1) * D] for head in range(H)]
         x = x + torch.cat(out, -1) @ w[f"h.{i}.attn.c_proj.weight"].T
         h = F.layer_norm(x, (C,), w[f"h.{i}.ln_2.weight"], eps=1e-5)
-        h = F.gelu(h @ w[f"h.{i}.mlp.c_fc.weight"].T, approximate="tanh")
+        h = F.gelu(h @ w[f"h.{i}.mlp.c_fc.weight"].T)
         x = x + h @ w[f"h.{i}.mlp.c_proj.weight"].T
         below = maps
         found.append(torch.stack(maps, 1))
@@ -81,32 +80,15 @@ def test_both_ways_equal_the_oracle_with_all_gradients(changes):
 
 @pytest.mark.parametrize("changes", [dict(reuse_layers=0), dict(reuse_heads=0)])
 def test_without_reuse_it_is_the_dense_twin_to_the_bit(changes):
-    results, idx = [], tokens(T=17)
-    for build in (lambda: nano.GPT(nano.Config(**SHAPE, **changes)),
-                  lambda: nano_ssa.GPT(nano_ssa.Config(**SHAPE, ssa="off"))):
-        torch.manual_seed(0)
-        model = build()
-        logits, loss = model(idx[:, :-1], idx[:, 1:])
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        results.append([logits, loss, *model.parameters(), *gradients])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    same_as_dense_twin(nano, changes, **SHAPE)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("changes", [dict(), dict(reuse_layers=5, reuse_heads=3)])
 def test_the_future_is_invisible(impl, changes):
-    model = model_of(nano.Config(**SHAPE, **changes, reuse_impl=impl)).float()
+    model = model_of(nano.Config(**SHAPE, **changes, reuse_impl=impl))
     for seed in range(8):
-        idx, t = tokens(1, 16, seed), seed + 3
-        other = torch.cat([idx[:, :t + 1], (idx[:, t + 1:] + 1) % 50], 1)
-        before, after = (model(x)[0][:, :t + 1] for x in (idx, other))
-        assert torch.equal(before, after), "perturbed"
-        embedding = []
-        hook = model.drop.register_forward_hook(lambda m, x, y: embedding.append(y))
-        logits = model(idx)[0]
-        hook.remove()
-        gradient, = torch.autograd.grad(logits[0, t].sum(), embedding)
-        assert (gradient[0, t + 1:] == 0).all() and (gradient[0, t] != 0).any(), "by gradient"
+        future_is_invisible(model, 50, 16, seed)
 
 
 # what is handed up
@@ -318,21 +300,5 @@ def test_compare_trains_models_of_the_claimed_sizes_on_the_same_data(small, caps
 
 
 def test_a_killed_run_goes_on_to_the_bit(small, tmp_path, monkeypatch):
-    argv, get_lr = [*small[:-1], "out", "--reuse_heads", "1", "--dropout", "0.1"], nano.get_lr
-
-    def killed(config, step, peak):
-        if step == 15:
-            raise KeyboardInterrupt
-        return get_lr(config, step, peak)
-
-    monkeypatch.chdir(tmp_path)
-    whole = nano.main(argv)["arms"]["technique"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(nano, "get_lr", killed)
-        nano.main([*argv, "--out_dir", "killed"])
-    resumed = nano.main([*argv, "--out_dir", "killed", "--resume"])["arms"]["technique"]
-    for name in ("val_loss", "train_loss", "evaluation", "sample"):
-        assert resumed[name] == whole[name]
-    saved = [torch.load(f"{out}/technique/ckpt.pt", weights_only=True)["model"]
-             for out in ("out", "killed")]
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    argv = [*small[:-2], "--reuse_heads", "1", "--dropout", "0.1"]
+    goes_on_to_the_bit(nano, monkeypatch, tmp_path, argv, 15)

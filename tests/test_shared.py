@@ -86,7 +86,7 @@ def test_help_is_a_table_of_two_screens(nano, capsys):
     for f in dataclasses.fields(nano.Config):
         row = re.search(rf"^--{f.name} .*", text, re.M)
         assert bool(row) == bool(f.metadata), f.name
-    assert re.search(r"^--n_embd +96 +384 +768 ", text, re.M)
+    assert re.search(r"^--n_embd +64 +384 +768 ", text, re.M)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -112,7 +112,7 @@ def test_bad_flags_of_the_technique(capsys, small):
 
 def test_flags_and_sizes(nano, monkeypatch, tmp_path):
     config, _ = nano.parse_args(["--device=cpu", "--n_layer=4", "--resume", "--no-resume"])
-    assert (config.n_layer, config.resume, config.n_embd, config.size) == (4, False, 96, "tiny")
+    assert (config.n_layer, config.resume, config.n_embd, config.size) == (4, False, 64, "tiny")
     config, _ = nano.parse_args(["--device", "cpu", "--size", "char", "--dropout", "0"])
     assert (config.n_embd, config.block_size, config.dropout) == (384, 256, 0.0)
     config, _ = nano.parse_args(["--device", "cpu", "--size", "gpt2"])
@@ -275,7 +275,7 @@ def gpt2(model, idx, n_head):
             out.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v)
         x = x + torch.cat(out, -1) @ w[f"h.{i}.attn.c_proj.weight"].T
         h = F.layer_norm(x, (C,), w[f"h.{i}.ln_2.weight"], eps=1e-5) @ w[f"h.{i}.mlp.c_fc.weight"].T
-        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
         x = x + h @ w[f"h.{i}.mlp.c_proj.weight"].T
     return F.layer_norm(x, (C,), w["ln_f.weight"], eps=1e-5) @ w["wte.weight"].T
 
@@ -333,11 +333,12 @@ def test_learning_rate(nano):
 
 def test_every_parameter_has_one_optimizer(nano, corpus):
     model = nano.GPT(settings(nano, corpus, vocab_size=60))
-    adamw, muon = nano.configure_optimizers(model, settings(nano, corpus))
+    adamw, muon = nano.configure_optimizers(model, settings(nano, corpus, momentum=0.7, muon_lr=0.2))
     groups = [*adamw.param_groups, *muon.param_groups]
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    assert all((group["momentum"], group["lr"]) == (0.7, 0.2) for group in muon.param_groups)
     assert all((group["weight_decay"] > 0) == (p.ndim == 2) for group in groups
                for p in group["params"])
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, refused
+from conftest import ROOT, goes_on_to_the_bit, refused, same_as_dense_twin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import nano_ssa
 import nano_transevolve as nano
 
 TASKS = ["lm", "encdec", "prefix", "listops"]
@@ -78,7 +77,7 @@ def four_terms(part, config, x, source, l, visible, dead):
 
 def feed_forward(ffn, h):
     if isinstance(ffn, nano.MLP):
-        return ffn.c_proj(F.gelu(ffn.c_fc(h), approximate="tanh"))
+        return ffn.c_proj(F.gelu(ffn.c_fc(h)))
     h = (h @ ffn.U_1 @ torch.diag(ffn.s_1) @ ffn.V_1 + ffn.bias_1).relu()
     return h @ ffn.U_2 @ torch.diag(ffn.s_2) @ ffn.V_2 + ffn.bias_2
 
@@ -167,16 +166,8 @@ def test_at_depth_0_heads_of_sines_have_no_bias():
 # special cases
 
 def test_without_blocks_it_is_the_dense_twin_to_the_bit():
-    results, idx = [], torch.randint(50, (2, 17))
-    small = dict(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50)
-    for build in (lambda: nano.GPT(config_of(blocks=0)),
-                  lambda: nano_ssa.GPT(nano_ssa.Config(**small, ssa="off"))):
-        torch.manual_seed(0)
-        model = build()
-        logits, loss = model(idx[:, :-1], idx[:, 1:])
-        found = torch.autograd.grad(loss, list(model.parameters()))
-        results.append([logits, loss, *model.parameters(), *found])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    shape = dict(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50)
+    same_as_dense_twin(nano, dict(blocks=0), **shape)
 
 
 def attention(a, x, source, visible, H=4):
@@ -447,22 +438,8 @@ def test_how_much_maps_change_is_that_of_a_literal_loop(corpus):
 
 @pytest.mark.parametrize("task", ["encdec", "listops"])
 def test_a_killed_run_goes_on_to_the_bit(argv, tmp_path, monkeypatch, task):
-    argv, get_lr = [*argv, "--task", task, "--dropout", "0.1", "--ffn", "random"], nano.get_lr
-
-    def killed(config, step, peak):
-        if step == 15:
-            raise KeyboardInterrupt
-        return get_lr(config, step, peak)
-
-    monkeypatch.chdir(tmp_path)
-    whole = nano.main([*argv, "--out_dir", "whole"])["arms"]["technique"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(nano, "get_lr", killed)
-        nano.main([*argv, "--out_dir", "killed"])
-    again = ["--device", "cpu", "--out_dir", "killed", "--resume", "--sample_tokens", "8"]
-    resumed = nano.main(again)["arms"]["technique"]
-    for name in ("val_loss", "train_loss", "evaluation", "sample"):
-        assert resumed[name] == whole[name]
+    argv = [*argv, "--task", task, "--dropout", "0.1", "--ffn", "random"]
+    goes_on_to_the_bit(nano, monkeypatch, tmp_path, argv, 15)
 
 
 @pytest.mark.parametrize("argv, words", [
