@@ -37,7 +37,7 @@ from using one of its E candidates for everything: f_e is e's share of the picks
 
 Default settings, 3 seeds, nats per character (tests/results/mom.md); random: b_r = 0 at first:
                            MoM    vanilla    random    --rounds 3 --route_k 2    no routers
-    validation           1.661      1.661     2.041                     1.748         1.665
+    validation           1.612      1.612     2.115                     1.735         1.620
 
 Modules, SKIP, two routers, H rounds, top-K, two phases are the paper's, whose equations were not at
 hand. Its code's: GRU routers that read x itself, sums of queries, keys and values without gates, a
@@ -283,10 +283,10 @@ class Config:
     skip: bool = flag(True, "SKIP is a candidate")
     candidates: str = flag("any", "or own: a round's own modules, SKIP", ("any", "own"))
     head_start: float = flag(1.0, "of a round's own modules, in logits")
-    router_dim: int = flag(32, "R: width of a router's state", least=1)
+    router_dim: int = flag((16, 32, 32), "R: width of a router's state", least=1)
     tau: float = flag(0.2, "temperature of the routers", least=1e-3)
     balance: float = flag(0.01, "weight of the balance loss")
-    phase1: float = flag(0.9, "share of the steps that are vanilla's", most=0.99)
+    phase1: float = flag(0.85, "share of the steps that are vanilla's", most=0.99)
     # the run
     size: str = flag("auto", "auto: tiny on a CPU, else char", ("auto", *SIZES))
     dataset: str = flag("auto", "a folder, or one of those in data/", free=True)

@@ -36,8 +36,8 @@ of them in its future.
 
 Default settings, 3 seeds, nats per character; ensembles help on 3% only (tests/results/ssa.md):
                              SSA   dense twin   on the first 3%:   SSA   dense twin
-    validation, last       1.759        1.660                    2.857        4.197
-    validation, best       1.759        1.660                    2.524        2.416
+    validation, last       1.692        1.612                    3.391        4.835
+    validation, best       1.692        1.612                    2.519        2.430
 
 Chosen here, where abstract, figures and project page leave it open (there is no code of theirs):
  1. The local shuffle sorts the positions after adding Gaussian noise. Every query sees itself.

@@ -34,8 +34,8 @@ FF is an MLP (--ffn full), or fixed random matrices that depend on l, with learn
 
 Default settings, 3 seeds, nats per character (tests/results/transevolve.md):
                          evolved    without b    dense twin    one decoder reads all
-    decoder                1.655        1.656         1.661
-    encoder-decoder        1.835        1.851         1.884                    1.821
+    decoder                1.605        1.615         1.612
+    encoder-decoder        1.743        1.758         1.792                    1.716
 
 As in the authors' code (github.com/LCS2-IIITD/TransEvolve; the paper's own equations were not at
 hand): Q and K have 2 n_embd channels, come from the block's input without a norm; A0, not b, is

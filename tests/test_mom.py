@@ -428,7 +428,7 @@ def test_evaluation_counts_by_hand(small, tmp_path):
                 assert row[column] == f"{(route == e).double().mean():.0%}"
             for cell, pair in zip(list(row.values())[4:], route[:8].tolist(), strict=True):
                 assert cell == ("+".join(str(e) for e in sorted(pair) if e < 3) or ".")
-    C, T, R, E = 32, 32, 32, 4
+    C, T, R, E = 32, 32, config.router_dim, 4
     real = (picks < 3).sum((1, 2)).tolist()
     matrices = 2 * 4 * C**2 * sum(real[0::2]) + 2 * 8 * C**2 * sum(real[1::2])
     router = 2 * 3 * R * (C + R) + 2 * R * E
