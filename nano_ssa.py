@@ -40,10 +40,10 @@ Default settings, 3 seeds, nats per character; ensembles help on 3% only (tests/
     validation, best       1.692        1.612                    2.519        2.430
 
 Chosen here, where abstract, figures and project page leave it open (there is no code of theirs):
- 1. The local shuffle sorts the positions after adding Gaussian noise. Every query sees itself.
+ 1. The local shuffle sorts positions after adding Gaussian noise. Every query sees itself.
  2. One draw for each layer and micro-step, shared by heads and sequences; no rescaling by 1/r.
- 3. The figures show attention in both directions. Here it is causal, by the original positions.
- 4. The dense fine-tuning takes the last 0.15 of the steps. Ensembles average probabilities.
+ 3. The figures show attention in both directions. Here it is causal, by original positions.
+ 4. Dense fine-tuning takes the last 0.15 of the steps. Ensembles average probabilities.
 """
 import argparse
 import json
@@ -128,7 +128,7 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.drop(self.c_proj(F.gelu(self.c_fc(x))))  # exact; GPT-2 takes tanh for erf
+        return self.drop(self.c_proj(F.gelu(self.c_fc(x))))  # exact, no tanh
 
 
 class Block(nn.Module):
@@ -218,13 +218,13 @@ class Config:
     n_embd: int = flag((64, 384, 768), "width of the residual stream", least=1)
     block_size: int = flag((64, 256, 1024), "context length T, in tokens", least=1)
     dropout: float = flag((0.0, 0.2, 0.0), "dropout rate", most=1)
-    # training: tuned at tiny; schedule and betas are the same in char and gpt2, not measured there
+    # training: tuned at tiny, unmeasured at char
     batch_size: int = flag((32, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
     max_iters: int = flag((1000, 5000, 20000), "training steps", least=1)
     learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
     muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
-    momentum: float = flag((0.9, 0.95, 0.95), "of Muon", most=1)
+    momentum: float = flag((0.9, 0.95, 0.95), "Muon's", most=1)
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
