@@ -271,7 +271,7 @@ def mom(args):
           f"{machine()}\n")
     dispatched = nano_mom.assembled_attention, nano_mom.assembled_mlp
     rows = {}
-    for C in (64, 384):
+    for C in (96, 384):
         torch.manual_seed(0)
         idx, arms = torch.randint(65, (args.tokens // 64, 64), device=DEVICE), {}
         shape = dict(n_embd=C, n_head=C // 32, block_size=64, vocab_size=65, skip=False)
