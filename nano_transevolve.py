@@ -225,7 +225,7 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.drop(self.c_proj(F.gelu(self.c_fc(x))))  # exact, no tanh
+        return self.drop(self.c_proj(F.gelu(self.c_fc(x))))  # GPT-2: with tanh
 
 
 class Block(nn.Module):
