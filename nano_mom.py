@@ -315,7 +315,7 @@ class Config:
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
-    eval_interval: int = flag((500, 250, 500), "steps between evaluations", least=1)
+    eval_interval: int = flag((600, 250, 500), "steps between evaluations", least=1)
     eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=4)
     # the sample at the end
     prompt: str = flag("", "text that it goes on from", free=True)

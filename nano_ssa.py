@@ -221,14 +221,14 @@ class Config:
     # training: tuned at tiny, unmeasured at char
     batch_size: int = flag((32, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
-    max_iters: int = flag((1000, 5000, 20000), "training steps", least=1)
+    max_iters: int = flag((1150, 5000, 20000), "training steps", least=1)
     learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
     muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
     momentum: float = flag((0.9, 0.95, 0.95), "Muon's", most=1)
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
-    eval_interval: int = flag((500, 250, 500), "steps between evaluations", least=1)
+    eval_interval: int = flag((600, 250, 500), "steps between evaluations", least=1)
     eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=4)
     # the sample at the end
     prompt: str = flag("", "text that it goes on from", free=True)
