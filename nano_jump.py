@@ -13,7 +13,6 @@ language. The paper translates: for all layers i < j it takes the matrix that be
 later state from the earlier one, by least squares over the tokens n of some text:
 
     A_ij = argmin_A sum_n |h_i A - h_j|^2       h_0: embeddings, h_l: after layer l, before ln_f
-
     id     p(next) = softmax(head(ln_f(h_l)))             the logit lens
     mat    p(next) = softmax(head(ln_f(h_l A_lL)))        a jump to the last layer
 
@@ -22,15 +21,14 @@ later state from the earlier one, by least squares over the tokens n of some tex
 
 It asks (1) how well this works: r^2, and precision@k, how often the first choice from layer l is
 among the full model's first k; (2) what early exit saves, if a token leaves after the first layer
-with p_(1) - p_(2) > 0.9 lambda + 0.1 exp(-4 t / N), the margin of its first choice, t its position;
-(3) which parts of a layer are nearly linear: the attention, the feed-forward part or the LayerNorms
-of all layers above l are replaced by their best linear maps.
+with p_(1) - p_(2) > 0.9 lambda + 0.1 exp(-4 t / N), the margin of its first choice, t its position,
+N = (T + 1) / 2; (3) which parts of a layer are nearly linear: the attention, the feed-forward part
+or the LayerNorms of all layers above l are replaced by their best linear maps.
 
     python nano_jump.py                                # train, fit, evaluate, sample
     python nano_jump.py --init_from gpt2 --dataset shakespeare --fit_tokens 32768
 
 Default settings, 3 seeds (tests/results/jump.md); of validation text:
-
     from layer                           0      1      2      3      4      5
     r^2 to layer 6, id               -0.22  -0.02   0.06   0.16   0.34   0.60
     r^2 to layer 6, mat               0.46   0.61   0.65   0.72   0.81   0.90
@@ -38,7 +36,6 @@ Default settings, 3 seeds (tests/results/jump.md); of validation text:
     P@1, mat                          38 %   46 %   50 %   57 %   68 %   82 %
     P@1, attention linear above       36 %   67 %   71 %   79 %   87 %   93 %
     P@1, LayerNorms linear above      83 %   86 %   89 %   91 %   93 %   95 %
-
 Where 95 % of the choices are the full model's, early exit saves 16 % of the layers with mat, 6 %
 with id. The abstract names attention as most tolerant of a linear map; here LayerNorms are.
 
@@ -46,11 +43,9 @@ The paper's body was not at hand: definitions are its abstract's and those of th
 (github.com/sashayd/mat). Row vectors here, h A for their A h. Chosen here:
  1. Theirs are fitted at one random position of each sentence, ours at all positions of windows of
     T tokens, of training text; lambda is chosen on every other token of another, for the rest.
- 2. Where a layer has fewer dimensions than channels, as h_0 of a few characters has, the smallest
-    of the best maps is taken, as theirs is. N, their mean of t + 1, is (T + 1) / 2.
- 3. They have no generation. In ours a token that left waits until a later one needs its keys and
-    values, as in FREE (https://arxiv.org/abs/2310.05424), so that the context is exact.
- 4. "Layers saved" counts as theirs does, without the price of asking. Moments of all layers take
+ 2. They have no generation. Ours is exact: a token that left waits, as in FREE
+    (https://arxiv.org/abs/2310.05424), until a later one needs its keys and values.
+ 3. "Layers saved" counts as theirs does, without the price of asking. Moments of all layers take
     8 ((L + 1) C)^2 bytes: 0.8 GB for GPT-2; for its medium 5 GB, and as much while they are summed.
 """
 import argparse
@@ -58,7 +53,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -168,7 +162,6 @@ def linear_block(block, x, linear, names):
     """A layer in which the parts of these names are replaced by their maps."""
     def part(name, x):
         return x @ linear[name] if name in names else getattr(block, name)(x)
-
     x = x + part("attn", part("ln_1", x))
     return x + part("mlp", part("ln_2", x))
 
@@ -259,10 +252,9 @@ class Decoder:
     """The model with a cache; if there is one sequence, its tokens may leave early.
 
     maps: from fit, or None for the logit lens; layers: after these a token may leave; lam: it does
-    if it is surer than threshold(lam, t, N). A token that left still owes the later layers its keys
-    and values. So it waits, and the next token that goes on takes all that wait there along, in one
-    batch: each token sees what it would see in the full model. depths: how many layers the choice
-    of each token took."""
+    if it is surer than threshold(lam, t, N). It still owes the later layers its keys and values. So
+    it waits, and the next token that goes on takes all that wait there along, in one batch: each
+    sees what it would see in the full model. depths: the layers that each token's choice took."""
 
     def __init__(self, model, maps=None, layers=(), lam=0.0):
         self.model, self.maps, self.layers, self.lam = model, maps, layers, lam
@@ -272,9 +264,9 @@ class Decoder:
     def __call__(self, idx):
         """The text so far (B, T) -> logits of the next token (B, V)."""
         model, L, T = self.model, len(self.model.h), idx.size(1)
-        known = 0 if self.idx is None else self.idx.size(1)
-        if known == 0 or known >= T or not torch.equal(self.idx, idx[:, :known]):
-            known, self.cache, self.waiting = 0, [[] for _ in range(L)], {}  # a text that is new
+        known = T - 1
+        if self.idx is None or not torch.equal(self.idx, idx[:, :-1]):  # a text that is new
+            known, self.cache, self.waiting = 0, [[] for _ in range(L)], {}
         self.idx = idx
         bar = threshold(self.lam, T - 1, (model.wpe.num_embeddings + 1) / 2)
         x = model.wte(idx[:, known:]) + model.wpe.weight[known:T]              # (B, n, C)
@@ -300,94 +292,6 @@ class Decoder:
             p = (logits.float() / max(temperature, 1e-5)).softmax(-1)
             idx = torch.cat([idx, torch.multinomial(p, 1)], 1)
         return idx
-
-
-# ---- A model that is already trained -------------------------------------------------------------
-def load_model(source):
-    """Fields of Config, and weights: of a checkpoint of these scripts; of a folder with a GPT-2 in
-    Hugging Face's format; or of its name on their hub, from where it is downloaded, once."""
-    path = Path(source)
-    try:
-        if path.is_file():
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            found, weights = saved["config"], saved["model"]
-        else:
-            path = path if path.exists() else download(source)
-            found = json.loads((path / "config.json").read_text())
-            found["block_size"] = found["n_positions"]
-            weights = read_safetensors(path / "model.safetensors")
-        names = "n_layer", "n_head", "n_embd", "block_size", "vocab_size"
-        sizes, weights = {name: found[name] for name in names}, rename(weights)
-    except Exception as e:  # of whatever there is in the files
-        reason = " ".join(f"{type(e).__name__} {e}".split())
-        sys.exit(f"error: --init_from {source} is no whole GPT-2 ({reason:.300}): name another, or "
-                 "download it again (git lfs pull, where a file is a pointer)")
-    for name, ours in dict(model_type="gpt2", activation_function="gelu_new", n_inner=None,
-                           layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-                           scale_attn_by_inverse_layer_idx=False).items():
-        if found.get(name, ours) != ours:
-            sys.exit(f"error: --init_from {source} has {name} {found[name]}, but only {ours} works")
-    return dict(sizes, bias="ln_f.bias" in weights), weights
-
-
-def download(name):
-    """The folder of a model of the hub."""
-    folder = Path(__file__).resolve().parent / "data" / name.replace("/", "--")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "model.safetensors"):
-        if not (folder / file).exists():
-            url = f"https://huggingface.co/{name}/resolve/main/{file}"
-            torch.hub.download_url_to_file(url, folder / file)
-    return folder
-
-
-def read_safetensors(path):
-    """{name: tensor}. The file: the length of a header, in 8 bytes, the header, the numbers."""
-    raw, tensors = np.memmap(path, mode="r"), {}
-    start = 8 + int(raw[:8].view("<u8")[0])
-    header = json.loads(raw[8:start].tobytes())
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        dtype = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16).get(entry["dtype"])
-        first, last = entry["data_offsets"]
-        numbers = torch.from_numpy(raw[start + first:start + last].copy())
-        tensors[name] = numbers.view(dtype or torch.uint8).view(entry["shape"]).float()
-    return tensors
-
-
-def rename(weights):
-    """GPT-2's weights as they are called here: without the prefixes of wrappers, causal masks, and
-    a head that is the embedding; queries, keys and values apart; matrices (out, in)."""
-    theirs, found = any("c_attn" in name for name in weights), {}
-    for name, w in weights.items():
-        name = re.sub(r"^((_orig_mod|module|model|transformer)\.)+", "", name)
-        if theirs and w.ndim == 2 and name.startswith("h."):
-            w = w.T
-        if ".c_attn." in name:
-            for part, third in zip("qkv", w.chunk(3)):
-                found[name.replace("c_attn", f"c_{part}")] = third
-        elif not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):
-            found[name] = w
-    if "lm_head.weight" in found and torch.equal(found["lm_head.weight"], found["wte.weight"]):
-        del found["lm_head.weight"]
-    return found
-
-
-def check(config, weights, data):
-    """Every weight has a place, and every place a weight, or the model is refused."""
-    V, vocab = data["vocab_size"], len(weights.get("wte.weight", ()))
-    if V == 50257 < vocab:  # the embedding was padded: no token has these rows
-        weights["wte.weight"] = weights["wte.weight"][:V]
-    elif V != vocab:
-        sys.exit(f"error: --init_from {config.init_from} has a vocabulary of {vocab}, the data one "
-                 f"of {V}: name the --dataset of its tokens")
-    with torch.device("meta"):
-        wanted = {name: list(p.shape) for name, p in GPT(config).state_dict().items()}
-    given = {name: list(w.shape) for name, w in weights.items()}
-    wrong = [name for name in {**wanted, **given} if wanted.get(name) != given.get(name)]
-    if wrong:
-        sys.exit(f"error: --init_from {config.init_from}: {wrong[0]} is {given.get(wrong[0])} "
-                 f"there, {wanted.get(wrong[0])} in a GPT-2, and {len(wrong) - 1} more differ")
 
 
 # ---- Configuration: one flag a field -------------------------------------------------------------
@@ -825,8 +729,7 @@ def reading(logits, full):
 
 @torch.no_grad()
 def measure(config, run, model):
-    """What the paper measures, of an eighth of the validation text, and a Decoder. Maps are fitted
-    to training text."""
+    """What the paper measures, of an eighth of the validation text; and a Decoder with its maps."""
     torch.set_float32_matmul_precision("highest")  # TF32 is too coarse to fit to
     L, T = config.n_layer, config.block_size
     maps = fit(moments(model, texts(run, "train", config.fit_tokens))[2])
@@ -886,13 +789,15 @@ def main(argv=None):
     config, earlier = parse_args(argv)
     weights = None
     if config.init_from and not earlier:
+        sys.path.append(str(Path(__file__).resolve().parent / "data"))
+        from weights import check, load_model  # other people's formats are no part of the idea
         found, weights = load_model(config.init_from)
         config = replace(config, **found)
     run = Run(config)
     data = run.data.meta
     config.vocab_size = data["vocab_size"]
     if weights:
-        check(config, weights, data)
+        check(GPT(config), weights, config.init_from)
     if earlier and {**earlier["data"], "source": ""} != {**data, "source": ""}:
         sys.exit(f"error: {run.data.folder} has other data than the run began with: see --dataset")
     out = [config.out_dir or time.strftime(f"out/{SCRIPT}/%m%d-%H%M%S")]

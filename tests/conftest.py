@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("nano_*.py"))]
 
 SMALL = ("--device cpu --n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 "

@@ -14,6 +14,7 @@ from conftest import future_is_invisible, goes_on_to_the_bit, refused, same_as_d
 import nano_jump as nano
 import nano_reuse
 import nano_ssa
+import weights
 
 SHAPE = dict(n_layer=4, n_head=2, n_embd=16, block_size=16, vocab_size=40)
 
@@ -301,9 +302,9 @@ def argv(gpt2, small):
 
 
 def same_logits(source, model):
-    sizes, weights = nano.load_model(str(source))
+    sizes, found = weights.load_model(str(source))
     ours = nano.GPT(nano.Config(**sizes))
-    ours.load_state_dict(weights)
+    ours.load_state_dict(found)
     idx = torch.randint(sizes["vocab_size"], (2, 9))
     torch.testing.assert_close(ours(idx)[0], model(idx)[0], atol=1e-5, rtol=1e-5)
 
@@ -334,9 +335,9 @@ def test_it_is_transformers_gpt2(tmp_path):
     for p in theirs.parameters():  # so large that GELU's two forms differ
         torch.nn.init.normal_(p, std=0.5)
     theirs.save_pretrained(tmp_path / "hf")
-    sizes, weights = nano.load_model(str(tmp_path / "hf"))
+    sizes, found = weights.load_model(str(tmp_path / "hf"))
     ours = nano.GPT(nano.Config(**sizes))
-    ours.load_state_dict(weights)
+    ours.load_state_dict(found)
     idx = torch.randint(50, (2, 32))
     torch.testing.assert_close(ours.double()(idx)[0], theirs.double()(idx).logits, atol=1e-9, rtol=1e-9)
 
@@ -371,8 +372,8 @@ def damaged(gpt2, kind):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("own head", ["lm_head.weight"]), ("missing", ["h.1.ln_2.weight is None"]),
-    ("no embedding", ["vocabulary of 0"]), ("left over", ["h.3.ln_1.weight"]), ("shape", ["wpe.weight", "[64, 16]"]),
+    ("own head", ["lm_head.weight"]), ("missing", ["Missing key", "h.1.ln_2.weight"]),
+    ("no embedding", ["vocabulary of 0"]), ("left over", ["Unexpected key", "h.3.ln_1.weight"]), ("shape", ["wpe.weight", "[64, 16]"]),
     ("truncated", ["download it again"]), ("lfs", ["git lfs pull"]), ("empty", ["no whole GPT-2"]),
     ("no config", ["config.json"]), ("not gpt2", ["model_type llama", "gpt2"]),
     ("untied", ["tie_word_embeddings"]), ("wide", ["n_inner"])])
@@ -385,15 +386,15 @@ def test_what_is_no_whole_gpt2_is_refused_and_never_measured(gpt2, argv, capsys,
 def test_a_padded_vocabulary_is_cut_to_the_tokenizers():
     config = nano.Config(n_layer=1, n_head=1, n_embd=4, block_size=8, vocab_size=50257)
     for rows in (50258, 50304):
-        weights = nano.GPT(nano.replace(config, vocab_size=rows)).state_dict()
-        kept = weights["wte.weight"][:50257].clone()
-        nano.check(config, weights, dict(vocab_size=50257))
-        assert torch.equal(weights["wte.weight"], kept)
-    weights = nano.GPT(nano.replace(config, vocab_size=50304)).state_dict()
-    nano.check(nano.replace(config, vocab_size=50304), weights, dict(vocab_size=50304))
-    assert len(weights["wte.weight"]) == 50304, "data that say so have that vocabulary"
+        padded = nano.GPT(nano.replace(config, vocab_size=rows))
+        found = padded.state_dict()
+        weights.check(nano.GPT(config), found, "it")
+        assert torch.equal(found["wte.weight"], padded.wte.weight[:50257])
+    found = padded.state_dict()
+    weights.check(padded, found, "it")
+    assert len(found["wte.weight"]) == 50304, "data that say so have that vocabulary"
     with pytest.raises(SystemExit, match="--dataset"):
-        nano.check(config, weights, dict(vocab_size=65))
+        weights.check(nano.GPT(nano.replace(config, vocab_size=65)), found, "it")
 
 
 def test_a_loaded_model_is_measured_and_never_trained(gpt2, argv, tmp_path, monkeypatch):
@@ -429,7 +430,7 @@ def test_a_name_that_is_nowhere(argv, capsys, monkeypatch, tmp_path):
         raise urllib.error.URLError(f"no network for {url}")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(nano, "__file__", str(tmp_path / "nano_jump.py"))
+    monkeypatch.setattr(weights, "HERE", tmp_path)
     argv[argv.index("--init_from") + 1] = "openai-community/gpt3"
     refused(nano.main, capsys, argv, "openai-community/gpt3", "no network")
 
