@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from conftest import SCRIPTS
-from test_device import CALLS, char
+from test_device import CALLS, char, length
 
 import nano_jump
 import nano_mom
@@ -19,8 +19,7 @@ def both(nano, config, inputs):
     """[(loss, gradients)] in float32 on the CPU and by autocast on the GPU, of the same weights."""
     torch.manual_seed(0)
     model, results = nano.GPT(config), []
-    T = nano.context(config) if hasattr(nano, "context") else config.block_size
-    x = torch.randint(1, 65, (4, T + 1))
+    x = torch.randint(1, 65, (4, length(nano, config) + 1))
     for device in ("cpu", "cuda"):
         model.to(device)
         given = {name: value.to(device) for name, value in inputs(config, 0).items()}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import future_is_invisible, goes_on_to_the_bit, refused, same_as_dense_twin
+from conftest import future_is_invisible, goes_on_to_the_bit, loud, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,19 +13,6 @@ import nano_reuse as nano
 
 IMPLS = ["qk", "probs"]
 SHAPE = dict(n_layer=6, n_head=4, n_embd=32, block_size=16, vocab_size=50)
-
-
-def model_of(config):
-    """In float64, with weights that make maps sharp."""
-    torch.manual_seed(0)
-    model = nano.GPT(config).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.3)
-    return model
-
-
-def tokens(B=2, T=16, seed=0):
-    return torch.randint(50, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
 def oracle(model, config, idx):
@@ -64,7 +51,7 @@ def oracle(model, config, idx):
     dict(n_layer=2, n_head=1, n_embd=8, block_size=5), dict(n_layer=1, n_head=2, block_size=3)])
 def test_both_ways_equal_the_oracle_with_all_gradients(changes):
     config = nano.Config(**{**SHAPE, **changes})
-    model, idx = model_of(config), tokens(T=config.block_size)
+    model, idx = loud(nano, config), tokens(T=config.block_size)
     weight = torch.randn(*idx.shape, 50, dtype=torch.float64)
     results = []
     for way in (nano.attend, nano.attend_fused, None):
@@ -78,64 +65,15 @@ def test_both_ways_equal_the_oracle_with_all_gradients(changes):
         assert (fused - slow).abs().max() <= 1e-11 * scale
 
 
-@pytest.mark.parametrize("changes", [dict(reuse_layers=0), dict(reuse_heads=0)])
-def test_without_reuse_it_is_the_dense_twin_to_the_bit(changes):
-    same_as_dense_twin(nano, changes, **SHAPE)
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("changes", [dict(), dict(reuse_layers=5, reuse_heads=3)])
 def test_the_future_is_invisible(impl, changes):
-    model = model_of(nano.Config(**SHAPE, **changes, reuse_impl=impl))
+    model = loud(nano, nano.Config(**SHAPE, **changes, reuse_impl=impl))
     for seed in range(8):
         future_is_invisible(model, 50, 16, seed)
 
 
 # what is handed up
-
-@pytest.mark.parametrize("K", [1, 2, 3, 4])
-def test_new_heads_are_handed_up_first_and_old_ones_fall_off_the_end(K):
-    """Hand-built maps: head h of layer 0 is filled with h, the new ones of layer l with 10 l."""
-    A, expected = torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 2, 2), [0, 1, 2, 3]
-    for layer in (1, 2, 3):
-        A = nano.join(torch.full((1, 4 - K, 2, 2), 10.0 * layer), A)
-        expected = [10 * layer] * (4 - K) + expected[:K]
-        assert A[0, :, 0, 0].tolist() == expected
-
-
-def test_layers_1_to_P_use_the_very_maps_of_layer_0():
-    config, used = nano.Config(**SHAPE, reuse_layers=3), []
-    model, idx = model_of(config), tokens()
-
-    def recorded(*args):
-        o, A = nano.attend(*args)
-        used.append(A)
-        return o, A
-
-    model.attend = recorded
-    model(idx)
-    assert [A is used[0] for A in used] == [True] * 4 + [False] * 2, "not even copied"
-    for ours, slow in zip(used, oracle(model, config, idx)[1], strict=True):
-        torch.testing.assert_close(ours, slow, atol=1e-12, rtol=1e-10)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("K, layers", [(4, [0, 1, 2, 3]), (3, [0, 1, 2, 3]), (2, [0, 1])])
-def test_the_source_learns_from_every_layer_that_uses_its_maps(impl, K, layers):
-    """Only one layer's attention writes to the stream: which ones give layer 0 a gradient? With
-    K = 2 of 4 heads layer 2 reuses the new maps of layer 1."""
-    model, reached = model_of(nano.Config(**SHAPE, reuse_impl=impl, reuse_heads=K)), []
-    projections = [block.attn.c_proj.weight for block in model.h]
-    before = [weight.data.clone() for weight in projections]
-    for writes in range(6):
-        for layer, weight in enumerate(projections):
-            weight.data = before[layer] * (layer == writes)
-        loss = model(tokens())[0][..., 0].sum()
-        source = model.h[0].attn.c_q.weight, model.h[0].attn.c_k.weight
-        if all(g.abs().max() > 1e-4 for g in torch.autograd.grad(loss, source)):
-            reached.append(writes)
-    assert reached == layers
-
 
 @pytest.mark.parametrize("attend", [nano.attend, nano.attend_fused])
 def test_dropout_is_drawn_anew_in_every_layer_and_not_handed_up(attend):
@@ -169,7 +107,7 @@ PLACES = [(3, 4), (5, 4), (4, 3), (4, 2), (3, 1), (0, 4), (3, 0)]
 @pytest.mark.parametrize("P, K", PLACES)
 def test_cached_generation_equals_full_forward(impl, P, K):
     config = nano.Config(**SHAPE, reuse_layers=P, reuse_heads=K, reuse_impl=impl)
-    model, idx = model_of(config).eval(), tokens(3)
+    model, idx = loud(nano, config).eval(), tokens(3)
     full, cache = model(idx)[0], model.empty_cache(3)
     for first, last in ((0, 5), *((t, t + 1) for t in range(5, 16))):  # a prompt of 5
         logits, _ = model(idx[:, first:last], cache=cache)
@@ -240,7 +178,7 @@ def test_similarity_is_that_of_a_literal_loop(corpus, reuse_layers):
                          eval_tokens=8 * 190, dataset=str(corpus), device="cpu")
     run = nano.Run(config)
     config.vocab_size = run.data.meta["vocab_size"]
-    model = model_of(config).float().eval()
+    model = loud(nano, config).float().eval()
     x, _ = run.data.rows("val", np.arange(0, 8 * 190, 8 * 3))
     maps = oracle(model, config, x)[1]
 
@@ -257,14 +195,6 @@ def test_similarity_is_that_of_a_literal_loop(corpus, reuse_layers):
         for b in range(3):
             heads = [max(alike(a, head, b, other) for other in range(2)) for head in range(2)]
             assert rows[f"layer {a}"][f"layer {b}"] == pytest.approx(sum(heads) / 2, abs=1e-5)
-
-
-@pytest.mark.parametrize("argv, words", [
-    ("--reuse_layers 2", ["--reuse_layers 2", "at most 1"]), ("--reuse_layers -2", ["from -1"]),
-    ("--reuse_heads 3", ["--reuse_heads 3", "and 2"]), ("--reuse_heads -2", ["from -1"]),
-    ("--reuse_impl flash", ["--reuse_impl", "flash", "probs"])])
-def test_bad_flags_of_the_technique(capsys, small, argv, words):
-    refused(nano.main, capsys, [*small, *argv.split()], *words)
 
 
 def test_by_default_half_of_the_layers_reuse_all_heads():

@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import future_is_invisible
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nano_ssa as nano
@@ -68,28 +66,6 @@ def test_queries_whose_sources_are_all_in_the_future_see_themselves(p):
         assert torch.equal(nano.subsampled_attention(q, k, v, path)[..., 0, :], v[..., 0, :])
 
 
-def test_without_a_shuffle_it_is_attention_within_blocks():
-    q, k, v = qkv(32)
-    y = nano.subsampled_attention(q, k, v, nano.draw_paths(settings(sigma=0.0), 32)[0])
-    for b in range(0, 32, 8):
-        block = [x[..., b:b + 8, :] for x in (q, k, v)]
-        dense = F.scaled_dot_product_attention(*block, is_causal=True)
-        torch.testing.assert_close(y[..., b:b + 8, :], dense, atol=1e-12, rtol=1e-10)
-
-
-@pytest.mark.parametrize("ssa", ["local", "unbiased"])
-def test_reduction_1_is_dense_attention(ssa):
-    config = settings(ssa=ssa, reduction=1)
-    torch.manual_seed(0)
-    model, idx = nano.GPT(config).double(), torch.randint(50, (2, 65))
-    results = []
-    for paths in (nano.draw_paths(config, 64, 0), None):
-        loss = model(idx[:, :-1], idx[:, 1:], paths)[1]
-        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for drawn, dense in zip(*results):
-        torch.testing.assert_close(drawn, dense, atol=1e-12, rtol=1e-9)
-
-
 @pytest.mark.parametrize("ssa", ["local", "unbiased", "off"])
 def test_the_future_is_invisible(ssa):
     config = settings(ssa=ssa, sigma=1.0)
@@ -130,36 +106,6 @@ def test_one_draw_for_a_layer_and_micro_step_from_keys_alone():
               nano.draw_paths(replace(config, seed=1), 64, 3, 1)]
     layers = [p, *others]
     assert len({tuple(layer.flatten().tolist()) for draw in layers for layer in draw}) == 12
-
-
-def test_the_mode_is_the_argument_never_train_or_eval():
-    config, idx = settings(), torch.randint(50, (2, 64))
-    torch.manual_seed(0)
-    model = nano.GPT(config)
-    modes = [None, nano.draw_paths(config, 64, 0), nano.draw_paths(config, 64, 1)]
-    trained = [model(idx, paths=paths)[0] for paths in modes]
-    assert not torch.allclose(trained[0], trained[1]) and not torch.allclose(*trained[1:])
-    model.eval()
-    assert all(torch.equal(a, model(idx, paths=paths)[0]) for a, paths in zip(trained, modes))
-
-
-@pytest.mark.parametrize("ssa", ["local", "unbiased"])
-def test_nothing_of_size_T_by_T_exists(ssa):
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            out = f(*args, **(kwargs or {}))
-            leaves = torch.utils._pytree.tree_leaves(out)
-            sizes.extend(x.numel() for x in leaves if isinstance(x, torch.Tensor))
-            return out
-
-    T, r = 1024, 8
-    q, k, v = (torch.randn(1, 1, T, 8, requires_grad=True) for _ in range(3))
-    path = nano.draw_paths(settings(ssa=ssa, block_size=T, reduction=r), T, 0)[0]
-    with Watch():
-        nano.subsampled_attention(q, k, v, path).sum().backward()
-    assert max(sizes) <= T * (T // r + 1)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(reduction=8), dict(ssa="unbiased")])
@@ -220,10 +166,3 @@ def test_the_ensemble_averages_probabilities(measured):
         loss = -expected.pop(mode).gather(-1, y[..., None]).log().mean().item()
         assert found == {"loss": pytest.approx(loss, abs=1e-6)}, mode
     assert not expected
-
-
-def test_an_ensemble_of_equal_members_is_its_member(measured, monkeypatch):
-    real = nano.draw_paths
-    monkeypatch.setattr(nano, "draw_paths", lambda config, T, *where: real(config, T, "the same"))
-    found = nano.measure(*measured)
-    assert found["ensemble of 4"]["loss"] == pytest.approx(found["ensemble of 1"]["loss"], abs=1e-6)
