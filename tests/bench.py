@@ -7,13 +7,11 @@ as a ratio.
     python tests/bench.py transevolve      # evolved scores against scores in every layer, and the twin
     python tests/bench.py jump --run out/nano_jump/...     # ways to leave early, of a finished run
 
-Scores and saved bytes are counted, and the same on every machine; times and, on a CPU, peak bytes are
-measured.
+Scores and the bytes that are saved for the backward pass are counted, and the same on every machine.
 """
 import argparse
 import math
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -85,32 +83,6 @@ def kept_bytes(f, inputs):
     return sum(n for at, n in kept.items() if at not in given)
 
 
-def peak_bytes(bench, name, T, tokens):
-    """Peak memory of one forward and backward beyond what was there before; on a CPU in a process of
-    its own, by /proc's high-water mark (Linux)."""
-    if DEVICE == "cuda":
-        step = STEPS[bench](name, T, tokens)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/status").exists():
-        return ""
-    command = [sys.executable, __file__, "peak", bench, name, str(T), str(tokens)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def peak(args):
-    def high():
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    STEPS[args.bench](args.name, 64, 64)()  # libraries in place
-    step = STEPS[args.bench](args.name, args.T, args.tokens)
-    before = high()
-    step()
-    print(high() - before)
-
-
 # ssa
 
 def materialised(q, k, v):
@@ -161,11 +133,6 @@ def qkv(T, tokens):
     return [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
-def ssa_step(name, T, tokens):
-    tensors, (f, _) = qkv(T, tokens), ssa_arms(T)[name]
-    return lambda: f(*tensors).sum().backward()
-
-
 def ssa(args):
     tensors, arms = [x.detach().cpu().double() for x in qkv(64, 128)], ssa_arms(64, "cpu")
     for name, (f, _) in arms.items():  # what is compared computes the same
@@ -181,7 +148,6 @@ def ssa(args):
             rows[f"T {T}, {name}"] = {
                 "scores, 1/": f"{T / scores:.2f}",
                 "saved bytes": f"{kept_bytes(lambda: f(*tensors), tensors):,}",
-                "peak bytes": f"{peak_bytes('ssa', name, T, args.tokens):,}",
                 "time": ms(times[name]), "vs materialised": f"{times['materialised'] / times[name]:.2f}x",
                 "vs fused causal": f"{times['fused causal'] / times[name]:.2f}x"}
     print(nano_ssa.table(rows))
@@ -226,7 +192,7 @@ def reuse(args):
         for name, step in steps.items():
             rows[f"T {T}, {name}"] = {
                 "saved bytes": f"{kept_bytes(step.forward, step.inputs):,}",
-                "peak bytes": f"{peak_bytes('reuse', name, T, args.tokens):,}", "time": ms(times[name]),
+                "time": ms(times[name]),
                 "vs dense, maps": f"{times['dense, maps'] / times[name]:.2f}x",
                 "vs dense, fused": f"{times['dense, fused'] / times[name]:.2f}x"}
         del steps
@@ -421,8 +387,6 @@ def jump(args):
     print(f"decoding of one sequence with mat, {folder}; {machine()}\n\n{nano_ssa.table(rows)}")
 
 
-STEPS = {"ssa": ssa_step, "reuse": reuse_step}
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -435,9 +399,5 @@ if __name__ == "__main__":
         p.add_argument("--runs", type=int, default=7)
         p.add_argument("--run", help="folder of a finished run of nano_jump.py")
         p.set_defaults(bench=bench)
-    p = commands.add_parser("peak")
-    p.add_argument("bench"), p.add_argument("name"), p.add_argument("T", type=int)
-    p.add_argument("tokens", type=int)
-    p.set_defaults(peak=True)
     args = parser.parse_args()
-    peak(args) if hasattr(args, "peak") else args.bench(args)
+    args.bench(args)

@@ -245,11 +245,6 @@ def test_openwebtext_holds_out_every_2000th_document_and_reads_max_docs(script, 
     assert meta["source"] == "4100 documents of openwebtext"
 
 
-def test_openwebtext_interrupted_is_one_sentence(script, monkeypatch, capsys):
-    hub(monkeypatch, [{"text": "a"}] * 1500, KeyboardInterrupt())
-    refused(script, capsys, "openwebtext", "interrupted")
-
-
 def test_openwebtext_reads_local_shards_in_their_order(script, monkeypatch, capsys):
     monkeypatch.setenv("HF_HOME", "hf")
     datasets = pytest.importorskip("datasets")
@@ -266,8 +261,8 @@ def test_openwebtext_reads_local_shards_in_their_order(script, monkeypatch, caps
 @pytest.mark.parametrize("rows, options, part", [
     ([{"text": "a"}], "", "TimeoutError('slow')"), ([{"url": "x"}], "", "KeyError('text')"),
     ([{"text": "a"}], "--max_docs 1", "too few"), ([{}], "--shards a.csv", "KeyError('.csv')"),
-    ([], "", "pip install datasets"),
-], ids=["broken off", "no text", "too few", "unknown kind", "no package"])
+    ([], "", "pip install datasets"), ([{"text": "a"}] * 1500, "", "interrupted"),
+], ids=["broken off", "no text", "too few", "unknown kind", "no package", "Ctrl-C"])
 def test_an_error_of_openwebtext_is_one_sentence(script, monkeypatch, capsys, rows, options, part):
-    hub(monkeypatch, rows)
+    hub(monkeypatch, rows, *[KeyboardInterrupt()] * (part == "interrupted"))
     refused(script, capsys, f"openwebtext {options}", part)

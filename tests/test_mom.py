@@ -264,17 +264,6 @@ def test_routers_learn_from_the_loss(K, skip):
         assert torch.autograd.grad(loss, router.out.weight, retain_graph=True)[0].norm() > 1e-3
 
 
-def test_the_balance_loss_is_1_if_all_are_used_alike_and_e_if_one_takes_all():
-    E = 5
-    even = torch.arange(E).repeat(4).view(-1, 2), torch.full((10, E), 1 / E)
-    p = F.one_hot(torch.zeros(10, dtype=torch.long), E).float()
-    assert nano.balance_loss([even, even]).item() == pytest.approx(1.0)
-    assert nano.balance_loss([(torch.zeros(10, 1, dtype=torch.long), p)]).item() == pytest.approx(E)
-    logits = torch.zeros(10, E, requires_grad=True)
-    nano.balance_loss([(torch.zeros(10, 1, dtype=torch.long), logits.softmax(-1))]).backward()
-    assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all(), "away from the crowd"
-
-
 def test_routers_stay_in_float32_under_autocast():
     model, x = nano.GPT(config_of()), torch.randn(2, 8, 32)
     exact = model.attn_router(x, None, 0)

@@ -1,14 +1,14 @@
 """nano_transevolve.py: against the four terms written out, in all three tasks; what a token sees, what
 is counted, random rotations, ListOps."""
-import importlib.util
-import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, future_is_invisible, goes_on_to_the_bit, loud
+from conftest import future_is_invisible, goes_on_to_the_bit, loud
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -330,23 +330,10 @@ def test_random_matrices_are_saved():
 # ListOps, and runs
 
 @pytest.fixture(scope="session")
-def listops(tmp_path_factory):
-    """A folder of a few expressions, as data/prepare.py listops writes them."""
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
-    folder, rng = tmp_path_factory.mktemp("listops"), prepare.random.Random(0)
-    for split, count in (("val", 200), ("train", 1000)):
-        rows = []
-        while len(rows) < count:
-            ids, value = prepare.expression(rng, 2)
-            if len(ids) <= 32:
-                rows.append([value, *ids, *[0] * (32 - len(ids))])
-        np.array(rows, "<u2").tofile(folder / f"{split}.bin")
-    alphabet = ["", *(f"{word} " for word in prepare.WORDS[1:])]
-    meta = dict(tokenizer="char", alphabet=alphabet, vocab_size=16, source="generated", sha256=None)
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
+def listops(corpus):
+    """The folder that data/prepare.py writes."""
+    subprocess.run([sys.executable, corpus.parent / "prepare.py", "listops"], check=True)
+    return corpus.parent / "listops"
 
 
 def test_rows_of_expressions(listops, monkeypatch):
