@@ -264,9 +264,9 @@ class Decoder:
     def __call__(self, idx):
         """The text so far (B, T) -> logits of the next token (B, V)."""
         model, L, T = self.model, len(self.model.h), idx.size(1)
-        known = T - 1
-        if self.idx is None or not torch.equal(self.idx, idx[:, :-1]):  # a text that is new
-            known, self.cache, self.waiting = 0, [[] for _ in range(L)], {}
+        known = 0 if self.idx is None else self.idx.size(1)
+        if known == 0 or known >= T or not torch.equal(self.idx, idx[:, :known]):
+            known, self.cache, self.waiting = 0, [[] for _ in range(L)], {}  # a text that is new
         self.idx = idx
         bar = threshold(self.lam, T - 1, (model.wpe.num_embeddings + 1) / 2)
         x = model.wte(idx[:, known:]) + model.wpe.weight[known:T]              # (B, n, C)
