@@ -97,6 +97,10 @@ def future_is_invisible(model, vocab, T, seed, first=0, **given):
     assert first == 0 or (gradient[0, :end] != 0).any(-1).all()
 
 
+def weights(out, name="ckpt.pt", arm="technique"):
+    return torch.load(out / arm / name, weights_only=True)["model"]
+
+
 def killed(nano, monkeypatch, argv, step):
     """A run that is stopped before a step."""
     get_lr = nano.get_lr
@@ -119,6 +123,5 @@ def goes_on_to_the_bit(nano, monkeypatch, tmp_path, argv, step):
     resumed = nano.main([*argv, "--out_dir", "killed", "--resume"])["arms"]["technique"]
     for name in whole.keys() - {"log", "tokens_per_second"}:
         assert resumed[name] == whole[name], name
-    saved = [torch.load(f"{out}/technique/ckpt.pt", weights_only=True)["model"]
-             for out in ("whole", "killed")]
+    saved = [weights(tmp_path / out) for out in ("whole", "killed")]
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])

@@ -72,12 +72,12 @@ def nanogpts(folder, checkpoint):
 
 def undone(seeds):
     """{choice: {loss, and how much worse than the preset's}}; finished runs are read."""
-    corpus, rows = nano_ssa.find_data(nano_ssa.Config(dataset="shakespeare_char")), {}
+    corpus, rows, whole = nano_ssa.find_data(nano_ssa.Config(dataset="shakespeare_char")), {}, None
     for name, flags in UNDONE.items():
         out = ROOT / "out" / "evidence" / "-".join(["preset", *flags]).replace("--", "")
         losses = [evidence.run("ssa", corpus, Path(f"{out}-{seed}"), seed, ["--ssa", "off", *flags])
                   ["arms"]["technique"]["val_loss"] for seed in seeds]
-        whole = losses if name == "as it is" else whole
+        whole = whole or losses  # the first is the preset
         rows[name] = {"validation loss": evidence.mean(losses),
                       "minus the preset's": evidence.mean([a - b for a, b in zip(losses, whole)])}
     return rows

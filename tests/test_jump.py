@@ -18,8 +18,6 @@ import weights
 CONFIG = nano.Config(n_layer=4, n_head=2, n_embd=16, block_size=16, vocab_size=50)
 
 
-# maps
-
 @pytest.mark.parametrize("rank", [6, 4, 1])
 def test_least_squares_is_the_smallest_of_the_best(rank):
     torch.manual_seed(0)
@@ -52,8 +50,6 @@ def test_the_future_is_invisible():
         future_is_invisible(loud(nano, CONFIG), 50, 16, seed)
 
 
-# parts of a layer
-
 def test_parts_are_fitted_to_what_goes_in_and_comes_out():
     model, texts, seen = loud(nano, CONFIG), [tokens(30), tokens(20, seed=1)], {}
     linear = nano.fit_parts(model, texts)
@@ -79,8 +75,6 @@ def test_a_layer_with_linear_parts():
         expected = y + f["mlp"](f["ln_2"](y))
         torch.testing.assert_close(nano.linear_block(block, x, linear, names), expected)
 
-
-# early exit
 
 def test_threshold_and_confidence():
     assert nano.threshold(0.5, 0, 32) == pytest.approx(0.45 + 0.1)
@@ -156,8 +150,6 @@ def test_no_token_goes_through_a_layer_twice_nor_through_those_it_left_out():
         assert rows == sorted(rows, reverse=True)
 
 
-# the evaluation
-
 def test_the_evaluation_is_that_of_literal_loops(small, tmp_path):
     argv = [*small, "--n_layer", "3", "--fit_tokens", "2048"]
     found = nano.main(argv)["arms"]["technique"]
@@ -200,8 +192,6 @@ def test_a_killed_run_goes_on_to_the_bit(small, tmp_path, monkeypatch):
     goes_on_to_the_bit(nano, monkeypatch, tmp_path, argv, 15)
 
 
-# a trained model
-
 def write_safetensors(path, tensors):
     header, numbers = {"__metadata__": {"format": "pt"}}, b""
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
@@ -216,15 +206,11 @@ def write_safetensors(path, tensors):
 
 
 @pytest.fixture
-def vocab(corpus):
-    return json.loads((corpus / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
-
-
-@pytest.fixture
-def gpt2(tmp_path, vocab):
+def gpt2(tmp_path, corpus):
     """(folder, change): a small GPT-2 in Hugging Face's format, and a function that writes it
     again with other tensors or another configuration; the model it should be."""
     torch.manual_seed(0)
+    vocab = json.loads((corpus / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
     config = nano.Config(n_layer=3, n_head=2, n_embd=16, block_size=32, vocab_size=vocab, bias=True)
     model, folder, tensors = nano.GPT(config), tmp_path / "model", {}
     for p in model.parameters():
@@ -257,8 +243,9 @@ def same_logits(source, model):
     sizes, found = weights.load_model(str(source))
     ours = nano.GPT(nano.Config(**sizes))
     ours.load_state_dict(found)
-    idx = torch.randint(sizes["vocab_size"], (2, 9))
-    torch.testing.assert_close(ours(idx)[0], model(idx)[0], atol=1e-5, rtol=1e-5)
+    idx = torch.randint(sizes["vocab_size"], (2, sizes["block_size"]))
+    ours, theirs = (each.double()(idx)[0] for each in (ours, model))
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "_orig_mod.", "module.", "model.",
@@ -287,11 +274,7 @@ def test_it_is_transformers_gpt2(tmp_path):
     for p in theirs.parameters():  # so large that GELU's two forms differ
         torch.nn.init.normal_(p, std=0.5)
     theirs.save_pretrained(tmp_path / "hf")
-    sizes, found = weights.load_model(str(tmp_path / "hf"))
-    ours = nano.GPT(nano.Config(**sizes))
-    ours.load_state_dict(found)
-    idx = torch.randint(50, (2, 32))
-    torch.testing.assert_close(ours.double()(idx)[0], theirs.double()(idx).logits, atol=1e-9, rtol=1e-9)
+    same_logits(tmp_path / "hf", theirs)
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"

@@ -124,7 +124,7 @@ def equals_the_oracle(model, config, idx):
 
 @pytest.mark.parametrize("changes", [
     dict(), dict(skip=False), dict(tau=1.0), dict(rounds=6), dict(route_k=2), dict(route_k=5),
-    dict(route_k=2, skip=False), dict(route_k=4, skip=False), dict(n_layer=1, rounds=4),
+    dict(route_k=2, skip=False), dict(route_k=4, skip=False), dict(n_layer=1, rounds=4),  # a Universal Transformer
     dict(n_layer=1, rounds=3, skip=False), dict(rounds=1, skip=False)], ids=str)
 def test_it_equals_the_masked_oracle_with_all_gradients(changes):
     config = config_of(**changes)
@@ -165,8 +165,6 @@ def test_a_token_pays_for_the_modules_that_it_picked_only(monkeypatch):
     assert nano.assembled_mlp(x, picks, gates, blocks).isfinite().all()
 
 
-# special cases
-
 def by_hand(model, idx, rounds, choose):
     """choose(r, layers, x) -> what layer-wise rounds add; for models of one path."""
     x = model.wte.weight[idx] + model.wpe.weight[:idx.size(1)]
@@ -186,12 +184,12 @@ def test_phase_1_is_vanilla_to_the_bit_and_routers_add_no_other_weights():
     assert more == 2 * (3 * R * (C + R + 2) + E * R + E * H)
 
 
-@pytest.mark.parametrize("rounds, cycles", [(4, 1), (8, 2)])
-def test_vanilla_is_own_candidates_without_skip(rounds, cycles):
-    """Eight rounds: the same four layers twice."""
-    config = config_of(rounds=rounds, candidates="own", skip=False)
+@pytest.mark.parametrize("n_layer, rounds, own", [(4, 4, "own"), (4, 8, "own"), (1, 5, "any")])
+def test_vanilla_and_albert_are_paths_without_a_choice(n_layer, rounds, own):
+    """Four layers, the same four twice, and one layer again and again."""
+    config = config_of(n_layer=n_layer, rounds=rounds, candidates=own, skip=False)
     model, results = model_of(config), []
-    path = [*model.h] * cycles
+    path = [*model.h] * (rounds // n_layer)
     shared = [p for name, p in model.named_parameters() if "router" not in name]
     for logits in (model(tokens())[0],
                    by_hand(model, tokens(), 1, lambda r, x: torch.nn.Sequential(*path)(x))):
@@ -220,19 +218,6 @@ def test_layer_skip():
     torch.testing.assert_close(by_hand(model, tokens(), 4, layer), logits, atol=1e-10, rtol=1e-10)
 
 
-def test_albert_and_the_universal_transformer():
-    """One layer again and again: for all tokens, or for those that do not skip."""
-    model = model_of(config_of(n_layer=1, rounds=5, skip=False))
-    block = model.h[0]
-    albert = by_hand(model, tokens(), 5, lambda r, x: block(x))
-    torch.testing.assert_close(model(tokens())[0], albert, atol=1e-10, rtol=1e-10)
-    config = config_of(n_layer=1, rounds=5)
-    model, routes = model_of(config), []
-    model(tokens(), routes=routes)
-    assert 0 < torch.stack([picks for picks, p in routes]).double().mean() < 1
-    equals_the_oracle(model, config, tokens())
-
-
 @pytest.mark.parametrize("K", [1, 2])
 def test_one_round_is_a_layer_of_a_mixture_of_experts(K):
     """Its feed-forward, token for token: the K most probable experts, weighted by p or its share."""
@@ -245,8 +230,6 @@ def test_one_round_is_a_layer_of_a_mixture_of_experts(K):
         expected = sum(p[t, e] / total * mlp(model.h[e], token) for e in best)
         torch.testing.assert_close(y.flatten(0, 1)[t], expected, atol=1e-12, rtol=1e-10)
 
-
-# what tokens see, and what routers remember
 
 @pytest.mark.parametrize("changes", [dict(), dict(route_k=2), dict(rounds=6), dict(rounds=0)])
 def test_the_future_is_invisible(changes):
@@ -271,8 +254,6 @@ def test_routers_stay_in_float32_under_autocast():
         again = model.attn_router(x, None, 0)
     assert all(torch.equal(a, b) for a, b in zip(exact, again))
 
-
-# phase 2 starts on vanilla's path
 
 @pytest.mark.parametrize("changes, path", [
     (dict(rounds=6), [[0], [1], [2], [3], [4], [4]]),
@@ -299,18 +280,12 @@ def test_gates_are_a_little_below_1_and_then_the_function_is_nearly_vanillas():
     assert 0.9 < gates.min() and gates.max() < 1
 
 
-# runs
-
-def log_of(out):
-    return torch.load(out / "technique" / "ckpt.pt", weights_only=True)["log"]
-
-
 PHASES = ["--n_layer", "3", "--rounds", "4", "--phase1", "0.6"]  # the switch is after step 12 of 20
 
 
 def test_a_run_of_two_phases_beside_vanilla(small, tmp_path, capsys):
     arms = nano.main([*small, *PHASES, "--compare"])["arms"]
-    log = log_of(tmp_path / "out")
+    log = arms["technique"]["log"]
     assert [line["step"] for line in log] == [10, 12, 20]
     assert log[1]["routed_loss"] == pytest.approx(log[1]["val_loss"], abs=0.02)
     assert not any("routed_loss" in log[i] for i in (0, 2))
@@ -364,17 +339,3 @@ def test_evaluation_counts_by_hand(small, tmp_path):
     whole = idx.numel() * (8 * router + 4 * 4 * T * C + 2 * C * run.data.meta["vocab_size"])
     first = 2 * idx.numel() * 2 * 3 * R * R  # in round 0 there is no state, but it is multiplied
     assert abs(found["flops_per_token"] * idx.numel() - matrices - whole) <= first + idx.numel()
-
-
-def test_dropout_is_that_of_vanilla():
-    """On vanilla's path with gates of 1 the same dropout is drawn in the same places."""
-    config = config_of(rounds=4, candidates="own", skip=False, dropout=0.5)
-    model = model_of(config).float().train()
-    attn = model.h[0].attn
-    x, ones = torch.randn(2, 16, 32), torch.ones(32, 1)
-    picks = torch.zeros(32, 1, dtype=torch.long)
-    torch.manual_seed(1)
-    routed = nano.assembled_attention(x, picks, ones, model.h)
-    torch.manual_seed(1)
-    torch.testing.assert_close(routed, attn(model.h[0].ln_1(x)), atol=1e-5, rtol=1e-5)
-    assert not torch.equal(routed, nano.assembled_attention(x, picks, ones, model.h))

@@ -73,8 +73,6 @@ def test_the_future_is_invisible(impl, changes):
         future_is_invisible(model, 50, 16, seed)
 
 
-# what is handed up
-
 @pytest.mark.parametrize("attend", [nano.attend, nano.attend_fused])
 def test_dropout_is_drawn_anew_in_every_layer_and_not_handed_up(attend):
     torch.manual_seed(0)
@@ -97,8 +95,6 @@ def test_maps_keep_the_dtype_of_values(monkeypatch):
     q, k, v = (torch.randn(1, 2, 8, 4, dtype=torch.bfloat16) for _ in range(3))
     assert {x.dtype for x in nano.attend(q, k, v, None)} == {torch.bfloat16}
 
-
-# what is saved
 
 PLACES = [(3, 4), (5, 4), (4, 3), (4, 2), (3, 1), (0, 4), (3, 0)]
 
@@ -152,8 +148,6 @@ def test_parameters_flops_and_cache_are_those_of_the_formulas(impl, P, K):
     assert cached == 2 * T * cost["cache_bytes_per_token"]
 
 
-# runs
-
 @pytest.mark.parametrize("reuse_layers", [0, 2])
 def test_similarity_is_that_of_a_literal_loop(corpus, reuse_layers):
     """64 windows of all those that are evaluated on."""
@@ -178,13 +172,6 @@ def test_similarity_is_that_of_a_literal_loop(corpus, reuse_layers):
         for b in range(3):
             heads = [max(alike(a, head, b, other) for other in range(2)) for head in range(2)]
             assert rows[f"layer {a}"][f"layer {b}"] == pytest.approx(sum(heads) / 2, abs=1e-5)
-
-
-def test_by_default_half_of_the_layers_reuse_all_heads():
-    for argv, P in (([], 3), (["--size", "gpt2"], 6), (["--n_layer", "1"], 0),
-                    (["--reuse_layers", "2"], 2)):
-        config, _ = nano.parse_args(["--device", "cpu", *argv])
-        assert (config.reuse_layers, config.reuse_heads) == (P, config.n_head)
 
 
 @pytest.mark.parametrize("L, more", [(6, 1), (12, 1), (24, 2)])

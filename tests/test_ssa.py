@@ -1,10 +1,9 @@
 """nano_ssa.py: attention against a literal oracle, causality, the draws, the self-ensemble."""
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import future_is_invisible
+from conftest import future_is_invisible, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 import nano_ssa as nano
@@ -103,7 +102,7 @@ def test_one_draw_for_a_layer_and_micro_step_from_keys_alone():
     assert torch.equal(p, nano.draw_paths(config, 64, 3, 1))
     assert torch.equal(state, torch.get_rng_state()), "a draw must not shift dropout"
     others = [nano.draw_paths(config, 64, 4, 1), nano.draw_paths(config, 64, 3, 0),
-              nano.draw_paths(replace(config, seed=1), 64, 3, 1)]
+              nano.draw_paths(nano.replace(config, seed=1), 64, 3, 1)]
     layers = [p, *others]
     assert len({tuple(layer.flatten().tolist()) for draw in layers for layer in draw}) == 12
 
@@ -119,10 +118,6 @@ def test_counted_products_are_those_of_w_sources(changes):
     assert counter.get_total_flops() == 3 * 2 * (2 * 2 * 3 * 64 * (64 // config.reduction) * 8)
 
 
-def weights(out, name):
-    return torch.load(out / "technique" / name, weights_only=True)["model"]
-
-
 def test_the_last_steps_are_dense(small, tmp_path, monkeypatch):
     drawn, real = [], nano.draw_paths
 
@@ -136,7 +131,7 @@ def test_the_last_steps_are_dense(small, tmp_path, monkeypatch):
     nano.main([*small[:-1], str(tmp_path / "dense"), "--finetune", "1", "--draws", "0"])
     nano.main([*small[:-1], str(tmp_path / "off"), "--ssa", "off"])
     assert len(drawn) == 15
-    dense, off = (weights(tmp_path / name, "ckpt.pt") for name in ("dense", "off"))
+    dense, off = (weights(tmp_path / name) for name in ("dense", "off"))
     assert all(torch.equal(dense[name], off[name]) for name in off), "dense from the first step on"
 
 

@@ -148,8 +148,6 @@ def test_at_depth_0_heads_of_sines_have_no_bias():
     assert (b[0, :, :2] == 0).all() and (b[0, :, 2:] != 0).all() and (b[1] != 0).all()
 
 
-# special cases
-
 def attention(a, x, source, visible, H=4):
     """Of the dense twin, written out."""
     def heads(y):
@@ -191,8 +189,6 @@ def test_without_coefficients_it_does_not_evolve(task):
             p.data.zero_()
     assert torch.equal(model(idx)[0], static(idx)[0])
 
-
-# what a token sees
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 @pytest.mark.parametrize("task", ["lm", "encdec", "prefix"])
@@ -257,8 +253,6 @@ def test_generation_is_that_of_full_forwards(task):
         assert torch.equal(out[:, t], logits[:, -1].argmax(-1))
 
 
-# counts
-
 @pytest.mark.parametrize("ffn", ["full", "random"])
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 @pytest.mark.parametrize("task", TASKS)
@@ -294,8 +288,6 @@ def test_parameters_products_and_flops_are_those_of_the_formulas(task, blocks, f
     assert counter.get_total_flops() == S * flops + 2 * logits.size(1) * C * V
 
 
-# randomFF
-
 def test_random_maps_are_sines_and_cosines_and_leave_a_bias_at_depth_0():
     config, C = config_of(ffn="random", n_embd=64), 64
     torch.manual_seed(0)
@@ -317,17 +309,6 @@ def test_random_maps_are_sines_and_cosines_and_leave_a_bias_at_depth_0():
             assert torch.allclose(out, ffn.bias_2.expand_as(out)) == (l == 0)
             assert (ffn.s_2.grad.abs().max() > 0) == (l > 0)
 
-
-def test_random_matrices_are_saved():
-    config = config_of(ffn="random")
-    model, other = nano.GPT(config), nano.GPT(config)
-    idx, _ = inputs(config)
-    assert not torch.equal(model(idx)[0], other(idx)[0])
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(model(idx)[0], other(idx)[0])
-
-
-# ListOps, and runs
 
 @pytest.fixture(scope="session")
 def listops(corpus):
