@@ -283,13 +283,15 @@ def test_gates_are_a_little_below_1_and_then_the_function_is_nearly_vanillas():
 PHASES = ["--n_layer", "3", "--rounds", "4", "--phase1", "0.6"]  # the switch is after step 12 of 20
 
 
-def test_a_run_of_two_phases_beside_vanilla(small, tmp_path, capsys):
-    arms = nano.main([*small, *PHASES, "--compare"])["arms"]
-    log = arms["technique"]["log"]
+def test_a_run_of_two_phases_beside_vanilla(small, monkeypatch, capsys):
+    routed, real = [], nano.balance_loss
+    monkeypatch.setattr(nano, "balance_loss", lambda routes: routed.append(1) or real(routes))
+    technique, dense = nano.main([*small, *PHASES, "--compare"])["arms"].values()
+    assert len(routed) == 2 * 8, "both routers, in the last 8 of 20 steps"
+    log = technique["log"]
     assert [line["step"] for line in log] == [10, 12, 20]
     assert log[1]["routed_loss"] == pytest.approx(log[1]["val_loss"], abs=0.02)
     assert not any("routed_loss" in log[i] for i in (0, 2))
-    technique, dense = arms["technique"], arms["dense"]
     assert technique["best_val_loss"] == log[2]["val_loss"], "of phase 2"
     assert dense["log"][0]["val_loss"] == log[0]["val_loss"], "phase 1 is the same"
     assert dense["evaluation"] == {} and len(technique["evaluation"]) == 8
