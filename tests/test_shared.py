@@ -293,8 +293,7 @@ def test_learning_rate(nano):
     assert rates[:10] == pytest.approx([2 * (step + 1) / 11 for step in range(10)])
     assert max(rates) == rates[10] == 2 and rates[55] == pytest.approx(1) and rates[100] == 0
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    short = nano.Config(max_iters=20, warmup_iters=50)
-    assert nano.get_lr(short, 2, 1.0) == 1, "a short run is not all warm-up"
+    assert nano.get_lr(nano.Config(max_iters=20, warmup_iters=50), 2, 1.0) == 1, "not all is warm-up"
     assert nano.get_lr(nano.Config(max_iters=1, warmup_iters=50), 0, 1.0) == 1
 
 
@@ -378,8 +377,9 @@ def test_no_run_writes_over_another(nano, capsys, small, tmp_path, monkeypatch):
 def test_a_run_goes_on_with_its_own_settings_and_data(nano, capsys, small, tmp_path, corpus):
     argv = [*small, "--max_iters", "6", "--seed", "5", "--dropout", "0.1"]
     first = nano.main(argv)
-    again = nano.main([*argv, "--resume"])
-    assert again["arms"] == first["arms"], "the same command, and --resume"
+    with open(tmp_path / "out" / "results.json") as old:
+        assert nano.main([*argv, "--resume"])["arms"] == first["arms"], "the same command, and --resume"
+        assert os.fstat(old.fileno()).st_nlink == 0, "the new file took its place, all at once"
     out = ["--device", "cpu", "--out_dir", str(tmp_path / "out")]
     other = nano.main([*out, "--eval_only", "--n_layer", "3", "--learning_rate", "1"])
     assert other["config"] == first["config"] and other["arms"] == first["arms"]
