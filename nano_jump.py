@@ -789,7 +789,7 @@ def main(argv=None):
     config, earlier = parse_args(argv)
     weights = None
     if config.init_from and not earlier:
-        sys.path.append(str(Path(__file__).resolve().parent / "data"))
+        sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
         from weights import check, load_model  # other people's formats are no part of the idea
         found, weights = load_model(config.init_from)
         config = replace(config, **found)
