@@ -34,10 +34,10 @@ of them in its future.
     python nano_ssa.py                  # train, evaluate, sample
     python nano_ssa.py --compare        # and the dense twin, on the same data
 
-Default settings, 3 seeds, nats per character; ensembles help on 3% only (tests/results/ssa.md):
+Default settings, 5 seeds, nats per character; ensembles help on 3% only (tests/results/ssa.md):
                              SSA   dense twin   on the first 3%:   SSA   dense twin
-    validation, last       1.692        1.612                    3.391        4.835
-    validation, best       1.692        1.612                    2.519        2.430
+    validation, last       1.670        1.595                    3.680        4.976
+    validation, best       1.670        1.595                    2.524        2.450
 
 Chosen here, where abstract, figures and project page leave it open (there is no code of theirs):
  1. The local shuffle sorts positions after adding Gaussian noise. Every query sees itself.

@@ -115,6 +115,8 @@ def training(results):
             rows[f"{name}: minus the technique's, of the same seeds"] = {
                 arm: mean([r["arms"][arm][key] - r["arms"]["technique"][key]
                            for r in results if arm in r["arms"]]) for arm in list(arms)[1:]}
+        if key == "best_val_loss" and rows[name] == rows[ROWS["val_loss"]]:  # say it once
+            rows = {row: cells for row, cells in rows.items() if not row.startswith(name)}
     return {name: row for name, row in rows.items() if row}
 
 
