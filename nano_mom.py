@@ -35,7 +35,7 @@ from using one of its E candidates for everything: f_e is e's share of the picks
     python nano_mom.py --rounds 1 --no-skip           # a layer of a mixture of experts
     python nano_mom.py --n_layer 1 --rounds 6         # Universal Transformer; ALBERT with --no-skip
 
-Default settings, 3 or 5 seeds, nats per character (tests/results/mom.md); random: b_r = 0 at first:
+Default settings (1,000 steps), nats per character (tests/results/mom.md); random: b_r = 0 at first:
                            MoM    vanilla    random    --rounds 3 --route_k 2    no routers
     validation           1.613      1.613     2.092                     1.734         1.621
 
