@@ -28,7 +28,7 @@ or the LayerNorms of all layers above l are replaced by their best linear maps.
     python nano_jump.py                                # train, fit, evaluate, sample
     python nano_jump.py --init_from gpt2 --dataset shakespeare --fit_tokens 32768
 
-Default settings, 5 seeds (tests/results/jump.md); of validation text:
+At --size tiny, 5 seeds, on validation text (tests/results/jump.md):
     from layer                           0      1      2      3      4      5
     r^2 to layer 6, id               -0.22  -0.01   0.06   0.17   0.34   0.59
     r^2 to layer 6, mat               0.45   0.60   0.65   0.71   0.81   0.90
@@ -334,8 +334,8 @@ class Config:
     batch_size: int = flag((32, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
     max_iters: int = flag((1150, 5000, 20000), "training steps", least=1)
-    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
-    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
+    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings, vectors")
+    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: all other matrices")
     momentum: float = flag((0.9, 0.95, 0.95), "Muon's", most=1)
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")

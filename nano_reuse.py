@@ -35,7 +35,7 @@ hands up maps, one row each, and caches no keys for them. For one layer of width
     python nano_reuse.py --compare      # and the dense twin and a deeper model, on the same data
     python nano_reuse.py --reuse_heads 1 --reuse_layers 4                         # partial reuse
 
-Default settings, 5 seeds, nats per character (tests/results/reuse.md):
+At --size tiny, 5 seeds, nats per character (tests/results/reuse.md):
                       reuse   dense twin   deeper, weights as the twin
     validation        1.584        1.595                         1.586
 
@@ -242,8 +242,8 @@ class Config:
     batch_size: int = flag((32, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
     max_iters: int = flag((1150, 5000, 20000), "training steps", least=1)
-    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
-    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
+    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings, vectors")
+    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: all other matrices")
     momentum: float = flag((0.9, 0.95, 0.95), "Muon's", most=1)
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")

@@ -32,9 +32,9 @@ of them in its future.
                 S = {1, 3}                     shuffled = 1 2 | 0 3 | 5 4 | 7 6
 
     python nano_ssa.py                  # train, evaluate, sample
-    python nano_ssa.py --compare        # and the dense twin, on the same data
+    python nano_ssa.py --compare        # and the dense twin
 
-Default settings, 5 seeds, nats per character; ensembles help on 3% only (tests/results/ssa.md):
+At --size tiny, 5 seeds, nats per character; ensembles help on 3% only (tests/results/ssa.md):
                              SSA   dense twin   on the first 3%:   SSA   dense twin
     validation, last       1.670        1.595                    3.680        4.976
     validation, best       1.670        1.595                    2.524        2.450
@@ -222,8 +222,8 @@ class Config:
     batch_size: int = flag((32, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
     max_iters: int = flag((1150, 5000, 20000), "training steps", least=1)
-    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
-    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
+    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings, vectors")
+    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: all other matrices")
     momentum: float = flag((0.9, 0.95, 0.95), "Muon's", most=1)
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
@@ -603,10 +603,8 @@ def write(path, content):
 # ---- Evaluation ----------------------------------------------------------------------------------
 @torch.no_grad()
 def measure(config, run, model):
-    """The same weights dense and as self-ensembles, on a quarter of the text.
-
-    A draw is one sub-model, the same for all windows. An ensemble of K predicts the mean of K
-    draws' probabilities: log p = logsumexp_k log p_k - log K."""
+    """The same weights, dense and as self-ensembles. A draw is one sub-model, the same for all
+    windows; an ensemble of K has the mean of their p: log p = logsumexp_k log p_k - log K."""
     chunks = run.data.windows("val", config.eval_tokens // 4)
     draws = range(1, config.draws + 1) if config.ssa != "off" else []
     losses = dict.fromkeys(["dense mode", *(f"ensemble of {k}" for k in draws)], 0.0)
@@ -626,7 +624,8 @@ def measure(config, run, model):
             loss = F.nll_loss((log_sum - math.log(k)).mT, y, reduction="sum")
             losses[f"ensemble of {k}"] += loss.item()
     tokens = sum(map(len, chunks)) * config.block_size
-    return {mode: {"loss": loss / tokens} for mode, loss in losses.items()}
+    column = f"loss of {tokens:,} tokens"
+    return {mode: {column: loss / tokens} for mode, loss in losses.items()}
 
 
 def sample(config, run, model):

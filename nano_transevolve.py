@@ -32,7 +32,7 @@ FF is an MLP (--ffn full), or fixed random matrices that depend on l, with learn
     python nano_transevolve.py --task encdec    # an encoder reads T tokens, a decoder the next T
     python nano_transevolve.py --task listops   # an encoder computes [MAX 2 9 [MIN 4 7 ] 0 ]
 
-Default settings, 5 and 3 seeds, nats per character (tests/results/transevolve.md):
+At --size tiny, 5 and 3 seeds, nats per character (tests/results/transevolve.md):
                          evolved    without b    dense twin    one decoder reads all
     decoder                1.593        1.599         1.595
     encoder-decoder        1.723        1.727         1.762                    1.687
@@ -357,8 +357,8 @@ class Config:
     batch_size: int = flag((32, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
     max_iters: int = flag((1150, 5000, 20000), "training steps", least=1)
-    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
-    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
+    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings, vectors")
+    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: all other matrices")
     momentum: float = flag((0.9, 0.95, 0.95), "Muon's", most=1)
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")

@@ -131,8 +131,18 @@ def heat(axes, values, labels, most, form="{:.2f}"):
              yticks=range(len(labels[0])), yticklabels=labels[0])
 
 
+def written(target, start):
+    """Numbers of the first table's rows in tests/results/ that begin so: {row: [(mean, deviation)]}."""
+    found = {}
+    for line in target.with_suffix(".md").read_text(encoding="utf-8").splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if name.startswith(start) and cells:
+            found.setdefault(name, [[float(x) for x in cell.split("±")] for cell in cells])
+    return found
+
+
 def picture_ssa(plt, results, target):
-    """A draw of each kind, and the loss over the number of an ensemble's members: of tests/results/ssa.md."""
+    """A draw of each kind, and the loss over the number of an ensemble's members."""
     import nano_ssa
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
     for axes, kind in ((left, "unbiased"), (middle, "local")):
@@ -143,26 +153,35 @@ def picture_ssa(plt, results, target):
             sources = path[i * len(path) // 32].numpy()
             seen[i, sources[sources < i]] = 0.6
         axes.imshow(seen, cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=f"{kind}: one draw", xlabel="source", ylabel="query")
-    text = target.with_suffix(".md").read_text(encoding="utf-8").split("## ")[1]
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ensemble of")]
-    members = [int(row[0].split()[-1]) for row in rows]
-    for column, name in ((1, "trained with SSA"), (3, "dense twin, subsampled")):
-        numbers = [[float(x) for x in row[column].split("±")] for row in rows]
-        right.errorbar(members, *zip(*numbers), marker="o", label=name)
-    right.set(title="self-ensemble", xlabel="members", ylabel="validation loss, nats", xticks=members)
-    right.legend()
+        axes.set(title=f"{kind}: one draw", xlabel="source (dark: the query itself)",
+                 ylabel="query")
+    rows, dense = written(target, "ensemble of"), written(target, "dense mode")["dense mode"]
+    members = [int(name.split()[-1]) for name in rows]
+    for column, color, name in ((0, "C0", "trained with SSA"), (2, "C1", "dense twin")):
+        numbers = [row[column] for row in rows.values()]
+        right.errorbar(members, *zip(*numbers), marker="o", color=color, label=f"{name}: ensemble")
+        right.axhline(dense[column][0], color=color, linestyle="--", label=f"{name}: dense mode")
+    right.set(title="one dense pass, or K subsampled ones", xlabel="members K of the ensemble",
+              ylabel="validation loss, nats", xticks=members)
+    right.legend(fontsize=8)
     return figure
 
 
 def picture_reuse(plt, results, target):
-    """How alike the maps of two layers are, in the dense twin: mean over the seeds."""
+    """How alike the maps of two layers are, in the dense twin; and of one layer and the next, on one text
+    and on two: means over the seeds."""
     found = [r["arms"]["dense"]["evaluation"] for r in results]
     alike = np.mean([[list(row.values()) for row in f.values()] for f in found], 0)
-    figure, axes = plt.subplots(figsize=(4.6, 3.8))
-    heat(axes, alike, [range(len(alike))] * 2, 1)
-    axes.set(title="dense twin: how alike are maps?", xlabel="best match among the heads of layer",
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    heat(left, alike, [range(len(alike))] * 2, 1)
+    left.set(title="how alike two layers' maps are, on one text", xlabel="best match among the heads of layer",
              ylabel="head of layer")
+    rows = list(written(target, "layers ").values())
+    for column, name in enumerate(("both on one text", "each on another text")):
+        right.errorbar(range(len(rows)), *zip(*[row[column] for row in rows]), marker="o", label=name)
+    right.set(title="neighbouring layers: is it the text?", ylabel="alike (1: the same map)", ylim=(0, 1),
+              xticks=range(len(rows)), xticklabels=[f"{l}, {l + 1}" for l in range(len(rows))], xlabel="layers")
+    right.legend()
     return figure
 
 
@@ -176,7 +195,7 @@ def picture_mom(plt, results, target):
         share = np.mean([[[float(f[row][column].rstrip("%")) for column in columns] for row in rows]
                          for f in found], 0)
         heat(axes, share, (range(len(rows)), columns), 100, "{:.0f}")
-        axes.set(title=f"{title}: picks in %", xlabel="module", ylabel="round")
+        axes.set(title=f"{title}: who goes where, in % of a round's picks", xlabel="module", ylabel="round")
     return figure
 
 
@@ -192,10 +211,12 @@ def picture_transevolve(plt, results, target):
     with torch.no_grad():
         model(idx)
     b = torch.cat(biases)[:, :48].cpu().numpy()
-    figure, axes = plt.subplots(figsize=(10, 2.4))
+    figure, axes = plt.subplots(figsize=(10, 2.6))
     most = abs(b).max()
     figure.colorbar(axes.imshow(b, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto"), label="b")
-    axes.set(title="how much a key is looked at, by layer: the bias b of the last head", ylabel="layer",
+    axes.axhline(len(biases[0]) - 0.5, color="black")
+    axes.set(title="b, added to all queries' scores of a key, in the last head; a line parts the blocks",
+             ylabel="layer", xlabel="key",
              xticks=range(b.shape[1]), xticklabels=[repr(run.data.decode([i]))[1:-1] for i in idx[0, :48].tolist()])
     return figure
 
@@ -210,12 +231,14 @@ def picture_jump(plt, results, target):
             r2[i, j] = np.mean([f["r2"]["mat"][f"{i} {j + 1}"] for f in found])
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
     heat(left, r2, (range(L), range(1, L + 1)), 1)
-    left.set(title="r² of a linear map (mat)", xlabel="to layer", ylabel="from layer")
+    left.set(title="r² of linear maps from layer to layer", xlabel="to layer", ylabel="from layer")
+    titles = {"id": "its state as it is (id)", "mat": "its state, a linear map (mat)"}
     names = [name for name in found[0]["evaluation"]["layer 0"] if name.startswith("P@1")]
     for name in names:
         shares = [[float(f["evaluation"][f"layer {l}"][name].rstrip("%")) for l in range(L + 1)] for f in found]
-        right.plot(np.mean(shares, 0), marker="o", label=name[4:])
-    right.set(title="the full model's first choice, %", xlabel="known up to layer")
+        right.plot(np.mean(shares, 0), marker="o",
+                   label=titles.get(name[4:], f"layers above, {name[4:]} linear"))
+    right.set(title="first choices that are the full model's, %", xlabel="from layer")
     right.legend(fontsize=8)
     return figure
 

@@ -159,5 +159,5 @@ def test_the_ensemble_averages_probabilities(measured):
     expected = {"dense mode": dense, **{f"ensemble of {k}": p[:k].mean(0) for k in range(1, 5)}}
     for mode, found in nano.measure(config, run, model).items():
         loss = -expected.pop(mode).gather(-1, y[..., None]).log().mean().item()
-        assert found == {"loss": pytest.approx(loss, abs=1e-6)}, mode
+        assert found == {"loss of 512 tokens": pytest.approx(loss, abs=1e-6)}, mode
     assert not expected
