@@ -12,7 +12,7 @@ SKIP, which does nothing, joins them. Then let each token choose. In each of H r
 K attention modules for it, a second router K feed-forward modules, and what they return is added to
 the residual stream. A module serves in many rounds or in none: depth is not the number of layers.
 
-    vanilla: every token       MoM: 4 rounds of the same modules, K = 1; the paths of three tokens
+    vanilla: every token       MoM: 4 rounds of the same modules, K = 1; three tokens go upwards
 
     layer 2     A2   F2        round 3    A2   F2       A2   SKIP     SKIP SKIP
     layer 1     A1   F1        round 2    SKIP F1       A1   F0       SKIP SKIP
@@ -23,32 +23,32 @@ the residual stream. A module serves in many rounds or in none: depth is not the
                     S = the K most probable        g_i = p_i, for K > 1 divided by their sum over S
     attention       [q, k, v]_t = sum_{i in S_t} W_i^QKV LN_i(x_t)
                     a = softmax(q k^T / sqrt(D) + causal) v       y_t = sum_{i in S_t} g_i W_i^O a_t
-    feed-forward    y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t))
+    feed-forward    y_t = sum_{i in S_t} g_i FFN_i(LN_i(x_t))              SKIP adds nothing to sums
 
 Training has two phases. The first trains a vanilla model, so that modules become different; the
 second takes it apart and trains modules and routers. A balance loss E sum_e f_e P_e keeps a router
-from using one of its E candidates for everything: f_e is e's share of the picks, P_e its mean p.
+from using one of its E candidates for everything: f_e is e's share of all picks, P_e its mean p.
 
     python nano_mom.py --compare                      # both phases; and vanilla, as many steps
-    python nano_mom.py --rounds 3 --route_k 2         # shallower: half the rounds, two modules each
+    python nano_mom.py --rounds 3 --route_k 2         # half vanilla's depth, two modules a round
     python nano_mom.py --rounds 6 --candidates own    # layer skip; with --no-skip vanilla
-    python nano_mom.py --rounds 1 --no-skip           # a layer of a mixture of experts
-    python nano_mom.py --n_layer 1 --rounds 6         # Universal Transformer; ALBERT with --no-skip
+    python nano_mom.py --phase1 0 --rounds 1 --no-skip                   # a mixture of experts
+    python nano_mom.py --phase1 0 --n_layer 1 --rounds 6 --no-skip       # ALBERT
+    python nano_mom.py --phase1 0 --n_layer 1 --rounds 6 --head_start 0  # Universal Transformer
 
-Default settings (1,000 steps), nats per character (tests/results/mom.md); random: b_r = 0 at first:
-                           MoM    vanilla    random    --rounds 3 --route_k 2    no routers
-    validation           1.613      1.613     2.092                     1.734         1.621
+At --size tiny (900 steps), nats per character (tests/results/mom.md):
+                  MoM  vanilla  --head_start 0  --rounds 3 --route_k 2  --candidates own --no-skip
+    validation  1.613    1.613           2.092                   1.734                       1.621
 
 Modules, SKIP, two routers, H rounds, top-K, two phases are the paper's, whose equations were not at
-hand. Its code's: GRU routers that read x itself, sums of queries, keys and values without gates, a
-key and a value of 0 where a token skips, tau = 0.2, 0.01 for the balance loss. Ours:
+hand. From its code (github.com/gzhch/Mixture-of-Modules): GRU routers that read x itself; q, k, v
+summed without gates, and 0 where a token skips; tau = 0.2; 0.01 for the balance loss. Ours:
  1. The code's gates are divided by their sum for K = 1 too: then they are 1, whatever the router
     does, and give it no gradient. Here K = 1 has p itself, as in Switch.
  2. The code starts phase 2 with random routers, which scramble what phase 1 learned. Here b_r, a
     learned bias, starts it on vanilla's path: the same modules, with gates a little below 1.
  3. The balance loss counts all K picks; the code's takes softmax(p), and the first pick only.
- 4. One schedule for both phases; routers wait in the first, where weight decay shrinks them. All
-    layers are modules; the code keeps some plain.
+ 4. One schedule for both phases; routers wait in the first. The code keeps some layers plain.
 """
 import argparse
 import json
@@ -77,7 +77,7 @@ class Router(nn.Module):
     """Picks K of N modules and SKIP (candidate N) for each token, in each of H rounds.
 
     Its state s goes from round to round of one token, never to another token. Picking has no
-    gradient: a router learns through the gates of what it picked, and from the balance loss."""
+    gradient: a router learns from its gates (SKIP has none) and from the balance loss."""
 
     def __init__(self, config):
         super().__init__()
@@ -308,15 +308,15 @@ class Config:
     # training: tuned at tiny, unmeasured at char
     batch_size: int = flag((32, 64, 16), "sequences in a micro-step", least=1)
     grad_accum: int = flag((1, 1, 32), "micro-steps in a step, of all processes", least=1)
-    max_iters: int = flag((1000, 5000, 20000), "training steps", least=1)
-    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings and norms")
-    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: matrices of the blocks")
+    max_iters: int = flag((900, 5000, 20000), "training steps", least=1)
+    learning_rate: float = flag((1.5e-2, 3e-3, 1e-3), "AdamW's peak: embeddings, vectors")
+    muon_lr: float = flag((0.03, 0.02, 0.02), "Muon's peak: all other matrices")
     momentum: float = flag((0.9, 0.95, 0.95), "Muon's", most=1)
     warmup_iters: int = flag((10, 100, 500), "steps up to the peak, then down to 0")
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
     eval_interval: int = flag((600, 250, 500), "steps between evaluations", least=1)
-    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=4)
+    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=8)
     # the sample at the end
     prompt: str = flag("", "text that it goes on from", free=True)
     sample_tokens: int = flag(256, "its length", free=True)
@@ -352,7 +352,7 @@ def parse_args(argv=None):
         settings.update((name, value) for name, value in earlier["config"].items() if name in flags)
         settings.update(out_dir=str(path.parent), resume=False, eval_only=False)
         fixed = [name for name in given if not flags[name].metadata["free"]]
-        print(f"going on with {path.parent} and its own settings:", *fixed)
+        print(f"going on with {path.parent}", *(f"(its own --{name})" for name in fixed))
         given = {name: value for name, value in given.items() if name not in fixed}
     config = Config(**{**settings, **given, "size": settings["size"]})
 

@@ -18,8 +18,8 @@ tokens it looks at, but where to look was decided below.
       layer 4   Q K V   own maps           full reuse      K = H      P = L/2      (drawn, L = 6)
       layer 3       V   <---+              partial reuse   K = H/2    P = L - 2
       layer 2       V   <---+            Maps go up after softmax and before dropout, and gradients
-      layer 1       V   <---+            come down through them: Q and K of layer 0 learn from P + 1
-      layer 0   Q K V   ----+            layers.
+      layer 1       V   <---+            come down through them: in full reuse Q and K of layer 0
+      layer 0   Q K V   ----+            learn from P + 1 layers.
 
 Maps handed up, as in the paper, spare a layer its scores, but in training they take T x T numbers a
 head. So training hands up queries and keys, from which a fused kernel computes the same maps again
@@ -33,17 +33,17 @@ hands up maps, one row each, and caches no keys for them. For one layer of width
 
     python nano_reuse.py                # train, evaluate, sample
     python nano_reuse.py --compare      # and the dense twin and a deeper model, on the same data
-    python nano_reuse.py --reuse_heads 1 --reuse_layers 4                         # partial reuse
+    python nano_reuse.py --size tiny --reuse_heads 1 --reuse_layers 4      # partial reuse, K = H/2
 
 At --size tiny, 5 seeds, nats per character (tests/results/reuse.md):
                       reuse   dense twin   deeper, weights as the twin
     validation        1.584        1.595                         1.586
 
-All else is as in the authors' code (tensorflow/models, reuse_attention.py). Chosen here:
+Else as in the authors' code (tensorflow/models, reuse_attention.py). Chosen here:
  1. A causal language model. The paper's are encoders, alone or with a decoder.
- 2. Values meet maps in the order of A. The authors keep two groups of values: the same function.
+ 2. Values meet maps in the order of A; the authors keep those of new and reused heads apart.
  3. Handing up queries and keys; the cache; how alike maps are, by each head's best match.
- 4. "deeper": six layers with K = H save the weights of one, so 7 for 6. The paper has 13 for 12.
+ 4. "deeper": K = H in six layers saves the weights of one, so P = 6 of 7. The paper has 13 for 12.
 """
 import argparse
 import json
@@ -249,7 +249,7 @@ class Config:
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
     eval_interval: int = flag((600, 250, 500), "steps between evaluations", least=1)
-    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=4)
+    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=8)
     # the sample at the end
     prompt: str = flag("", "text that it goes on from", free=True)
     sample_tokens: int = flag(256, "its length", free=True)
@@ -291,7 +291,7 @@ def parse_args(argv=None):
         settings.update((name, value) for name, value in earlier["config"].items() if name in flags)
         settings.update(out_dir=str(path.parent), resume=False, eval_only=False)
         fixed = [name for name in given if not flags[name].metadata["free"]]
-        print(f"going on with {path.parent} and its own settings:", *fixed)
+        print(f"going on with {path.parent}", *(f"(its own --{name})" for name in fixed))
         given = {name: value for name, value in given.items() if name not in fixed}
     config = Config(**{**settings, **given, "size": settings["size"]})
 
@@ -718,7 +718,8 @@ def main(argv=None):
             sys.exit(f"error: there is no checkpoint in {out} yet: add --resume")
         rows = {name: {arm: result.get(name, "") for arm, result in results["arms"].items()}
                 for name, x in technique.items() if isinstance(x, (int, float))}
-        alike = table(results["arms"].get("dense", technique)["evaluation"])
+        dense = results["arms"].get("dense", {})
+        alike = table(dense.get("evaluation", technique["evaluation"]))
         print(f"\n{table(rows)}\n\nHow alike are the maps of two layers? 1: the same; 0: disjoint; "
               f"of the dense twin, if trained\n{alike}\n\n{technique['sample']}")
     if run.world > 1:

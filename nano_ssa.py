@@ -34,7 +34,7 @@ of them in its future.
     python nano_ssa.py                  # train, evaluate, sample
     python nano_ssa.py --compare        # and the dense twin
 
-At --size tiny, 5 seeds, nats per character; ensembles help on 3% only (tests/results/ssa.md):
+At --size tiny, dense mode, nats, 5 and 3 seeds; ensembles help on 3% only (tests/results/ssa.md):
                              SSA   dense twin   on the first 3%:   SSA   dense twin
     validation, last       1.670        1.595                    3.680        4.976
     validation, best       1.670        1.595                    2.524        2.450
@@ -229,7 +229,7 @@ class Config:
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
     eval_interval: int = flag((600, 250, 500), "steps between evaluations", least=1)
-    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=4)
+    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=8)
     # the sample at the end
     prompt: str = flag("", "text that it goes on from", free=True)
     sample_tokens: int = flag(256, "its length", free=True)
@@ -265,7 +265,7 @@ def parse_args(argv=None):
         settings.update((name, value) for name, value in earlier["config"].items() if name in flags)
         settings.update(out_dir=str(path.parent), resume=False, eval_only=False)
         fixed = [name for name in given if not flags[name].metadata["free"]]
-        print(f"going on with {path.parent} and its own settings:", *fixed)
+        print(f"going on with {path.parent}", *(f"(its own --{name})" for name in fixed))
         given = {name: value for name, value in given.items() if name not in fixed}
     config = Config(**{**settings, **given, "size": settings["size"]})
 

@@ -10,7 +10,7 @@ Dutta, Gautam, Chakrabarti and Chakraborty, NeurIPS 2021, https://arxiv.org/abs/
 Take tokens for particles. A layer is a step in time, in which they interact (attention) and drift
 (feed-forward): dx_i/dt = F(x_i, [x_1 .. x_T], t) + G(x_i, t). TransEvolve computes F once for a
 block of layers and lets it evolve with depth l: queries and keys are made of a token and the depth,
-[x, T^l], where T^l is sines and cosines of l times learned coefficients. Multiplied out:
+[x, T^l], where T^l is learned coefficients times sines and cosines of l. Multiplied out:
 
     S^l_ij  =  A0_ij  +  A1Q_i . T^l  +  A1K_j . T^l  +  A2 . (T^l * T^l)     P^l = softmax_j(S^l)
                tokens    query, depth    key, depth      depth, depth
@@ -32,16 +32,16 @@ FF is an MLP (--ffn full), or fixed random matrices that depend on l, with learn
     python nano_transevolve.py --task encdec    # an encoder reads T tokens, a decoder the next T
     python nano_transevolve.py --task listops   # an encoder computes [MAX 2 9 [MIN 4 7 ] 0 ]
 
-At --size tiny, 5 and 3 seeds, nats per character (tests/results/transevolve.md):
-                         evolved    without b    dense twin    one decoder reads all
+At --size tiny, nats per character, 5 and 3 seeds; compare in a row (tests/results/transevolve.md):
+                         evolved    without b    dense twin    evolved, one decoder reads all
     decoder                1.593        1.599         1.595
-    encoder-decoder        1.723        1.727         1.762                    1.687
+    encoder-decoder        1.723        1.727         1.762                             1.687
 
 As in the authors' code (github.com/LCS2-IIITD/TransEvolve; the paper's own equations were not at
-hand): Q and K have 2 n_embd channels, come from the block's input without a norm; A0, not b, is
-divided by sqrt(2 n_embd / n_head). A decoder's block has a second A0 and b: its input asks, and the
-encoder's output makes keys and values. Ours: the decoder alone; T5's prefix language modelling for
-encdec; ListOps of 32 tokens, their mean read by the tied head; GPT-2's MLP, weights and positions.
+hand): Q and K have 2 n_embd channels and no norm of their own; A0 is of a head's channels, divided
+by sqrt(2 n_embd / n_head), b of all heads', not divided. A decoder's block has a second A0 and b:
+its input asks, the encoder's output makes keys and values. Ours: the decoder alone; T5's prefix
+language modelling for encdec; ListOps, whose tokens' mean the tied head reads; GPT-2's MLP.
 """
 import argparse
 import copy
@@ -89,7 +89,7 @@ def key_bias(k, W, depth, n_head):
     """b^l_nj = K_j . (W_n T^l_n) in the L layers of a block: all that evolution comes to.
 
     k: keys, those of all heads side by side (B, S, 2C); W: W_Q^t (2C, C); depth: T^l (L, C). Head n
-    has the n-th of n_head parts of the C columns of W and of T^l. Returns (L, B, H, 1, S)."""
+    has the n-th of H parts of the columns of W and T^l, sines or cosines. -> (L, B, H, 1, S)."""
     u = (W * depth[:, None]).unflatten(-1, (n_head, -1)).sum(-1)                   # (L, 2C, H)
     return torch.einsum("bja,lan->lbnj", k, u)[:, :, :, None]
 
@@ -148,7 +148,7 @@ class RandomFF(nn.Module):
         h -> h U diag(s) V + bias      U = [sin(l pi p G) | cos(l pi p G)] / sqrt(k), r columns of m
         p = 0, 1, .., G's columns      V = [sin(l pi p G) | cos(l pi p G)] / sqrt(k), r rows of k
 
-    G ~ N(0, 1) is drawn with the weights. Where l = 0 the second map is 0, and its bias is left."""
+    G ~ N(0, 1) is drawn with the weights. The second U is all sines: where l = 0 that map is 0."""
 
     def __init__(self, config, l):
         super().__init__()
@@ -364,7 +364,7 @@ class Config:
     weight_decay: float = flag(0.1, "decoupled, of matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")
     eval_interval: int = flag((600, 250, 500), "steps between evaluations", least=1)
-    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=4)
+    eval_tokens: int = flag(2**17, "tokens to evaluate on, at most", least=8)
     # the sample at the end
     prompt: str = flag("", "text that it goes on from", free=True)
     sample_tokens: int = flag(256, "its length", free=True)
@@ -403,7 +403,7 @@ def parse_args(argv=None):
         settings.update((name, value) for name, value in earlier["config"].items() if name in flags)
         settings.update(out_dir=str(path.parent), resume=False, eval_only=False)
         fixed = [name for name in given if not flags[name].metadata["free"]]
-        print(f"going on with {path.parent} and its own settings:", *fixed)
+        print(f"going on with {path.parent}", *(f"(its own --{name})" for name in fixed))
         given = {name: value for name, value in given.items() if name not in fixed}
     config = Config(**{**settings, **given, "size": settings["size"]})
 

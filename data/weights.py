@@ -13,7 +13,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 # a GPT-2 whose configuration says otherwise computes something else
 GPT2 = dict(model_type="gpt2", activation_function="gelu_new", n_inner=None, layer_norm_epsilon=1e-5,
-            tie_word_embeddings=True, scale_attn_by_inverse_layer_idx=False)
+            tie_word_embeddings=True, scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False)
 
 
 def load_model(source):

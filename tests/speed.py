@@ -111,7 +111,7 @@ def main():
 
 In turn, evaluation and sample included. Losses are of the whole validation split in windows of 64 (of other
 tasks for encdec and listops); nanoGPT, which has one seed, estimates its own at {curve[-1][1]:.3f}. `--ssa off` is
-the dense twin. The default is 1,150 steps; of nano_mom.py, whose routed steps take longer, 1,000.
+the dense twin. The default is 1,150 steps; of nano_mom.py, whose routed steps take longer, 900.
 
 ![loss over seconds](speed.png)
 

@@ -381,11 +381,12 @@ def test_a_run_goes_on_with_its_own_settings_and_data(nano, capsys, small, tmp_p
         assert nano.main([*argv, "--resume"])["arms"] == first["arms"], "the same command, and --resume"
         assert os.fstat(old.fileno()).st_nlink == 0, "the new file took its place, all at once"
     out = ["--device", "cpu", "--out_dir", str(tmp_path / "out")]
-    other = nano.main([*out, "--eval_only", "--n_layer", "3", "--learning_rate", "1"])
-    assert other["config"] == first["config"] and other["arms"] == first["arms"]
+    compare = ["--compare"] if hasattr(nano.Config, "compare") else []  # of arms that were not trained
+    other = nano.main([*out, "--eval_only", *compare, "--n_layer", "3", "--learning_rate", "1"])
+    assert other["config"] == first["config"] and other["arms"]["technique"] == first["arms"]["technique"]
+    assert "(its own --n_layer) (its own --learning_rate)" in capsys.readouterr().out
     edit(tmp_path / "out" / "results.json", config={k: v for k, v in first["config"].items() if k != "sigma"})
     nano.main([*out, "--resume"])  # of before a flag was there
-
     moved = tmp_path / "moved"
     shutil.copytree(corpus, moved)
     nano.main([*out, "--eval_only", "--dataset", str(moved)])
@@ -418,8 +419,7 @@ def test_killed_then_resumed_equals_uninterrupted_to_the_bit(small, tmp_path):
     argv = [*small, "--max_iters", "60", "--eval_interval", "4", "--dropout", "0.1", "--draws", "1"]
     whole = [*argv, "--out_dir", str(tmp_path / "whole")]
     assert script(whole)[0] == 0
-    ckpt, last = tmp_path / "out" / "technique" / "ckpt.pt", -1
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ckpt, last, env = tmp_path / "out" / "technique" / "ckpt.pt", -1, {**os.environ, "OMP_NUM_THREADS": "1"}
     for kill, more in enumerate([[], ["--resume"]]):
         process = subprocess.Popen([sys.executable, ROOT / "nano_ssa.py", *argv, *more], env=env,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
