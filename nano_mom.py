@@ -38,7 +38,7 @@ from using one of its E candidates for everything: f_e is e's share of all picks
 
 At --size tiny (900 steps), nats per character (tests/results/mom.md):
                   MoM  vanilla  --head_start 0  --rounds 3 --route_k 2  --candidates own --no-skip
-    validation  1.613    1.613           2.092                   1.734                       1.621
+    validation  1.631    1.630           2.128                   1.761                       1.643
 
 Modules, SKIP, two routers, H rounds, top-K, two phases are the paper's, whose equations were not at
 hand. From its code (github.com/gzhch/Mixture-of-Modules): GRU routers that read x itself; q, k, v

@@ -86,7 +86,7 @@ def mean(numbers):
     """Mean ± standard deviation over the seeds, as text."""
     if len(set(numbers)) == 1:
         return f"{numbers[0]:,.4f}" if isinstance(numbers[0], float) else f"{numbers[0]:,}"
-    places = ".0f" if abs(statistics.mean(numbers)) > 100 else ".4f"
+    places = ".0f" if isinstance(numbers[0], int) or abs(statistics.mean(numbers)) > 100 else ".4f"
     return f"{statistics.mean(numbers):,{places}} ± {statistics.stdev(numbers):{places}}"
 
 
@@ -195,7 +195,7 @@ def picture_mom(plt, results, target):
         share = np.mean([[[float(f[row][column].rstrip("%")) for column in columns] for row in rows]
                          for f in found], 0)
         heat(axes, share, (range(len(rows)), columns), 100, "{:.0f}")
-        axes.set(title=f"{title}: who goes where, in % of a round's picks", xlabel="module", ylabel="round")
+        axes.set(title=f"{title}: % of a round's picks", xlabel="module", ylabel="round")
     return figure
 
 
