@@ -229,7 +229,7 @@ def picture_jump(plt, results, target):
     for i in range(L):
         for j in range(i, L):
             r2[i, j] = np.mean([f["r2"]["mat"][f"{i} {j + 1}"] for f in found])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.6))
     heat(left, r2, (range(L), range(1, L + 1)), 1)
     left.set(title="r² of linear maps from layer to layer", xlabel="to layer", ylabel="from layer")
     titles = {"id": "its state as it is (id)", "mat": "its state, a linear map (mat)"}
@@ -239,7 +239,7 @@ def picture_jump(plt, results, target):
         right.plot(np.mean(shares, 0), marker="o",
                    label=titles.get(name[4:], f"layers above, {name[4:]} linear"))
     right.set(title="first choices that are the full model's, %", xlabel="from layer")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
