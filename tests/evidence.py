@@ -161,7 +161,7 @@ def picture_ssa(plt, results, target):
         numbers = [row[column] for row in rows.values()]
         right.errorbar(members, *zip(*numbers), marker="o", color=color, label=f"{name}: ensemble")
         right.axhline(dense[column][0], color=color, linestyle="--", label=f"{name}: dense mode")
-    right.set(title="one dense pass, or K subsampled ones", xlabel="members K of the ensemble",
+    right.set(title="whole text: one dense pass, or K draws", xlabel="members K of the ensemble",
               ylabel="validation loss, nats", xticks=members)
     right.legend(fontsize=8)
     return figure
@@ -177,7 +177,7 @@ def picture_reuse(plt, results, target):
     left.set(title="how alike two layers' maps are, on one text", xlabel="best match among the heads of layer",
              ylabel="head of layer")
     rows = list(written(target, "layers ").values())
-    for column, name in enumerate(("both on one text", "each on another text")):
+    for column, name in enumerate(("on the same text", "on two different texts")):
         right.errorbar(range(len(rows)), *zip(*[row[column] for row in rows]), marker="o", label=name)
     right.set(title="neighbouring layers: is it the text?", ylabel="alike (1: the same map)", ylim=(0, 1),
               xticks=range(len(rows)), xticklabels=[f"{l}, {l + 1}" for l in range(len(rows))], xlabel="layers")
