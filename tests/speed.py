@@ -1,7 +1,9 @@
 """What a default run buys: the dense twin and all scripts beside nanoGPT's recipe for a CPU, in turn on
-the same cores. Writes tests/results/speed.md and speed.png.
+the same cores. Writes tests/results/speed.md and speed.png; and undone.md: the preset with one choice
+undone.
 
     python tests/speed.py ../nanoGPT     # a checkout whose data/shakespeare_char is prepared
+    python tests/speed.py --undone       # losses, no times: finished runs are read
 """
 import argparse
 import json
@@ -85,9 +87,18 @@ def undone(seeds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nanogpt", type=Path)
+    parser.add_argument("nanogpt", type=Path, nargs="?")
+    parser.add_argument("--undone", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
+    if args.undone:
+        TARGET.with_name("undone.md").write_text(f"""# The preset `tiny` with one choice undone
+
+{evidence.table("dense twin, 3 seeds", undone(args.seeds))}
+
+What was tried stands in tried.md. `python tests/speed.py --undone`; {evidence.machine()}, torch {torch.__version__}.
+""", encoding="utf-8")
+        return
     arms, twins, names = {}, {}, ("seconds", "of nanoGPT's", "validation loss", "parameters")
     for seed in args.seeds:
         out = OUT / f"nanogpt-{seed}"
@@ -115,9 +126,7 @@ the dense twin. The default is 1,150 steps; of nano_mom.py, whose routed steps t
 
 ![loss over seconds](speed.png)
 
-{evidence.table("one choice undone", undone(args.seeds))}
-
-What was tried stands in tried.md. `python tests/speed.py FOLDER`; {evidence.machine()}, torch {torch.__version__}.
+What was tried stands in tried.md, and what each choice is worth in undone.md. `python tests/speed.py FOLDER`; {evidence.machine()}, torch {torch.__version__}.
 """, encoding="utf-8")
     print(TARGET.read_text(encoding="utf-8"))
 
