@@ -21,9 +21,9 @@ later state from the earlier one, by least squares over the tokens n of some tex
 
 It asks (1) how well this works: r^2, and precision@k, how often the first choice from layer l is
 among the full model's first k; (2) what early exit saves, if a token leaves after the first layer
-with p_(1) - p_(2) > 0.9 lambda + 0.1 exp(-4 t / N), the margin of its first choice, at t of T, N =
-(T + 1) / 2; (3) which parts are nearly linear: in all layers above l each attention, feed-forward
-part or LayerNorm becomes a matrix, so that attention mixes no tokens any more.
+with p_(1) - p_(2) > 0.9 lambda + 0.1 exp(-4 t / N), the margin of its first choice, t its position,
+N = (T + 1) / 2; (3) which parts are nearly linear: in all layers above l the attentions, which then
+mix no tokens, the feed-forward parts or the LayerNorms are replaced by their best linear maps.
 
     python nano_jump.py                                # train, fit, evaluate, sample
     python nano_jump.py --init_from gpt2 --dataset shakespeare    # OpenAI's; not measured by us

@@ -38,8 +38,8 @@ At --size tiny, nats per character, 5 and 3 seeds; compare in a row (tests/resul
     encoder-decoder        1.723        1.727         1.762                             1.687
 
 As in the authors' code (github.com/LCS2-IIITD/TransEvolve; the paper's own equations were not at
-hand): Q and K have 2 n_embd channels and no norm of their own; A0 is of a head's channels, divided
-by sqrt(2 n_embd / n_head), b of all heads', not divided. A decoder's block has a second A0 and b:
+hand): Q and K have 2 n_embd channels and no norm of their own. A0 takes those of a head, and is
+divided by sqrt(2 n_embd / n_head); b takes all and is not. A decoder's block has a second A0 and b:
 its input asks, the encoder's output makes keys and values. Ours: the decoder alone; T5's prefix
 language modelling for encdec; ListOps, whose tokens' mean the tied head reads; GPT-2's MLP.
 """

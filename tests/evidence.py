@@ -153,8 +153,7 @@ def picture_ssa(plt, results, target):
             sources = path[i * len(path) // 32].numpy()
             seen[i, sources[sources < i]] = 0.6
         axes.imshow(seen, cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=f"{kind}: one draw", xlabel="source (dark: the query itself)",
-                 ylabel="query")
+        axes.set(title=f"{kind}: one draw", xlabel="source (dark: the query itself)", ylabel="query")
     rows, dense = written(target, "ensemble of"), written(target, "dense mode")["dense mode"]
     members = [int(name.split()[-1]) for name in rows]
     for column, color, name in ((0, "C0", "trained with SSA"), (2, "C1", "dense twin")):
@@ -162,7 +161,7 @@ def picture_ssa(plt, results, target):
         right.errorbar(members, *zip(*numbers), marker="o", color=color, label=f"{name}: ensemble")
         right.axhline(dense[column][0], color=color, linestyle="--", label=f"{name}: dense mode")
     right.set(title="whole text: one dense pass, or K draws", xlabel="members K of the ensemble",
-              ylabel="validation loss, nats", xticks=members)
+              ylabel="loss, first 8,192 validation tokens", xticks=members)
     right.legend(fontsize=8)
     return figure
 

@@ -1,7 +1,5 @@
-"""
-data/prepare.py: the right tokens, one sentence for an error, never half a corpus. Every test works
-on a copy in a temporary folder, with stand-ins for `tiktoken` and `datasets`, and needs no network.
-"""
+"""data/prepare.py: the right tokens, one sentence for an error, never half a corpus. Every test works
+on a copy in a temporary folder, with stand-ins for `tiktoken` and `datasets`, and needs no network."""
 import hashlib
 import http.client
 import importlib.util
@@ -12,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,7 +19,7 @@ import pytest
 
 PREPARE = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
 SHAKESPEARE = PREPARE.parent / "shakespeare_char" / "input.txt"
-VOCABULARY = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "/tmp/data-gym-cache"),
+VOCABULARY = Path(os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache"),
                   "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
 TEXT = "abc déf\n狼🐺" * 500  # 1- to 4-byte characters
 MARK, END = "<|endoftext|>", "█"  # END stands for the token, once decoded

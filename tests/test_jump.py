@@ -289,6 +289,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105
     (lambda w, change: change(model_type="llama"), ["model_type llama", "gpt2"]),
     (lambda w, change: change(tie_word_embeddings=False), ["tie_word_embeddings"]),
     (lambda w, change: change(n_inner=100), ["n_inner"]),
+    (lambda w, change: change(scale_attn_weights=False), ["scale_attn_weights"]),
     (lambda w, change: ("config.json", lambda raw: b"{}"), ["n_positions"]),
     (lambda w, change: ("model.safetensors", lambda raw: raw[:-100]), ["download it again"]),
     (lambda w, change: ("model.safetensors", lambda raw: LFS), ["git lfs pull"]),

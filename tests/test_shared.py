@@ -88,7 +88,7 @@ def test_help_is_a_table_of_two_screens(nano, capsys):
     ("--dtype int8", ["--dtype", "float32"]), ("--device tpu", ["--device tpu"]),
     ("--device cuda:99", ["--device cuda:99"]), ("--n_embd 30 --n_head 4", ["--n_embd 30", "4"]),
     ("--max_iters -1", ["--max_iters -1", "from 1"]), ("--batch_size 0", ["--batch_size"]),
-    ("--learning_rate nan", ["--learning_rate"]), ("surplus", ["surplus"]),
+    ("--learning_rate nan", ["--learning_rate"]), ("surplus", ["surplus"]), ("--eval_tokens 7", ["from 8"]),
     ("--block_size 999999999", ["--block_size"]), ("--dataset none_such", ["none_such"]),
     ("--prompt ☃", ["☃", "--prompt"]), ("--resume", ["no run"]), ("--eval_only", ["no run"])])
 def test_what_a_user_gets_wrong_ends_in_one_sentence(nano, capsys, small, tmp_path, argv, words):
